@@ -1,0 +1,1 @@
+"""Original x patched object: twins, changed and new functions, data, special sections, closure."""

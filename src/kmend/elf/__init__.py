@@ -1,0 +1,1 @@
+"""ELF64 relocatable files: read, write, relocation rows."""

@@ -1,0 +1,1 @@
+"""Instruction boundaries and operands (x86-64)."""

@@ -1,0 +1,1 @@
+"""The target on disk: packages, source tree, compile commands, image, kallsyms, modules."""

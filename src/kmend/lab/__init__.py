@@ -1,0 +1,1 @@
+"""QEMU guests: boot, snapshot, agent, outcome."""

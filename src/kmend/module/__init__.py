@@ -1,0 +1,1 @@
+"""The livepatch module: descriptors, klp relocations, sympos, modinfo, signature."""

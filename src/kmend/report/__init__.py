@@ -1,0 +1,1 @@
+"""Build reports and verdicts as text and JSON."""

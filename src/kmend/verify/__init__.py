@@ -1,0 +1,1 @@
+"""Rules that a module must pass before it may exist."""
