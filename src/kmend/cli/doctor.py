@@ -1,0 +1,221 @@
+"""``kmend doctor``: what this machine lacks for each verb, and the command that mends it.
+
+The list of packages is ``needs.txt`` beside this file; the Makefile reads the same one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kmend.cli.context import Context
+from kmend.core.errors import Failed, UsageError
+
+NEEDS = Path(__file__).with_name("needs.txt")
+
+#: Verbs that work with what Python alone brings, so that they are reported too.
+PURE_VERBS = ("diff", "info")
+#: What the library imports from elsewhere: module name, distribution name.
+LIBRARIES = (
+    ("capstone", "capstone"),
+    ("debian", "python-debian"),
+    ("qemu.qmp", "qemu.qmp"),
+    ("rich", "rich"),
+    ("vmlinux_to_elf", "vmlinux-to-elf"),
+)
+#: Bytes that fetching and preparing one target takes at its peak (packages, source, objects).
+ROOM_PER_TARGET = 3_000_000_000
+#: Where programs live that are not always on a user's PATH.
+SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A row of ``needs.txt``: ``proof`` is a program's name, or the absolute path of a file."""
+
+    package: str
+    proof: str
+    verbs: tuple[str, ...]
+    purpose: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """One thing that is not there. ``package`` is what apt would install; empty when apt cannot mend it."""
+
+    what: str
+    why: str
+    verbs: tuple[str, ...]
+    package: str
+    mend: str
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``kmend doctor``."""
+    parser.add_argument("verbs", metavar="VERB", nargs="*", help="look only at what these verbs need")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Report; 0 when everything is there, 3 when something lacks."""
+    needs = read_needs(NEEDS)
+    known = known_verbs(needs)
+    chosen: tuple[str, ...] = tuple(args.verbs) or known
+    unknown = [verb for verb in chosen if verb not in known]
+    if unknown:
+        raise UsageError(f"no verb {unknown[0]!r}", why=f"doctor knows: {', '.join(known)}", rule="usage")
+    lacks = [lack for lack in missing(needs, context.config.cache) if set(lack.verbs) & set(chosen)]
+    command = apt_command(lacks)
+    context.emit(document(chosen, lacks, command))
+    if not context.json:
+        context.say(table(chosen, lacks, command))
+    return 3 if lacks else 0
+
+
+def read_needs(file: Path) -> tuple[Need, ...]:
+    """Parse ``needs.txt``.
+
+    Raises:
+        Failed: a line has not four fields (the installation is damaged).
+    """
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) != 4:
+            raise Failed(f"{file}:{number} has {len(fields)} fields instead of 4", rule="installation")
+        rows.append(Need(fields[0], fields[1], tuple(fields[2].split()), fields[3]))
+    return tuple(rows)
+
+
+def known_verbs(needs: Iterable[Need]) -> tuple[str, ...]:
+    """Every verb that doctor can speak about, in the order of the list."""
+    names = dict.fromkeys(verb for need in needs for verb in need.verbs)
+    return (*names, *PURE_VERBS)
+
+
+def is_there(proof: str, search: str | None = None) -> bool:
+    """Whether a program is on the path (system folders included), or a file exists."""
+    if proof.startswith("/"):
+        return Path(proof).exists()
+    path = search if search is not None else os.environ.get("PATH", os.defpath)
+    return shutil.which(proof, path=os.pathsep.join((path, *SYSTEM_PATHS))) is not None
+
+
+def missing(
+    needs: Iterable[Need],
+    cache: Path,
+    there: Callable[[str], bool] = is_there,
+    machine: str | None = None,
+) -> list[Lack]:
+    """All that lacks: packages, Python libraries, the architecture, room in the cache."""
+    needs = tuple(needs)
+    lacks = [
+        Lack(need.proof, need.purpose, need.verbs, need.package, f"apt-get install {need.package}")
+        for need in needs
+        if not there(need.proof)
+    ]
+    verbs = known_verbs(needs)
+    lacks.extend(
+        Lack(f"Python library {dist}", "kmend imports it", verbs, "", f"pip install {dist}")
+        for module, dist in LIBRARIES
+        if not importable(module)
+    )
+    machine = machine or platform.machine()
+    if machine != "x86_64":
+        lacks.append(
+            Lack(
+                f"an x86-64 machine (this is {machine})",
+                "targets are amd64 kernels, and their compiler runs on amd64",
+                ("kernel", "build"),
+                "",
+                "use an amd64 machine",
+            )
+        )
+    lacks.extend(cache_lacks(cache))
+    return lacks
+
+
+def importable(module: str) -> bool:
+    """Whether a module would be found, without importing it (its parents are)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def cache_lacks(cache: Path) -> list[Lack]:
+    """Whether the cache can be written and has room for one more target."""
+    folder = cache
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK) or not folder.is_dir():
+        return [
+            Lack(
+                f"a cache that can be written ({cache})",
+                f"{folder} is not a folder that this user may write",
+                ("kernel", "build", "try"),
+                "",
+                "name another one with --cache DIR or KMEND_CACHE",
+            )
+        ]
+    free = shutil.disk_usage(folder).free
+    if free >= ROOM_PER_TARGET:
+        return []
+    return [
+        Lack(
+            f"room in {cache}",
+            f"{free / 1e9:.1f} GB free; preparing a target takes up to {ROOM_PER_TARGET / 1e9:.0f} GB",
+            ("kernel", "build"),
+            "",
+            "free space, or name another folder with --cache DIR",
+        )
+    ]
+
+
+def apt_command(lacks: Iterable[Lack]) -> str:
+    """The one command that installs every lacking package; empty when none lacks."""
+    packages = sorted({lack.package for lack in lacks if lack.package})
+    if not packages:
+        return ""
+    sudo = "" if os.geteuid() == 0 else "sudo "
+    return f"{sudo}apt-get install --no-install-recommends {' '.join(packages)}"
+
+
+def document(verbs: Iterable[str], lacks: list[Lack], command: str) -> dict[str, object]:
+    """The JSON document of ``kmend doctor --json``."""
+    return {
+        "schema": 1,
+        "verbs": {verb: not any(verb in lack.verbs for lack in lacks) for verb in verbs},
+        "lacks": [
+            {
+                "what": row.what,
+                "why": row.why,
+                "verbs": list(row.verbs),
+                "package": row.package,
+                "next_step": row.mend,
+            }
+            for row in lacks
+        ],
+        "command": command,
+    }
+
+
+def table(verbs: Iterable[str], lacks: list[Lack], command: str) -> str:
+    """The report for people."""
+    lines = []
+    for verb in verbs:
+        mine = [lack for lack in lacks if verb in lack.verbs]
+        lines.append(f"{verb:8} {'ready' if not mine else 'lacks ' + ', '.join(lack.what for lack in mine)}")
+    for lack in lacks:
+        if not lack.package:
+            lines.append(f"\n{lack.what}: {lack.why}\n  next: {lack.mend}")
+    if command:
+        lines.append(f"\nThis installs what lacks:\n  {command}")
+    return "\n".join(lines)
