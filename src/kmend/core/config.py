@@ -14,6 +14,8 @@ from pathlib import Path
 from kmend.core.errors import UsageError
 
 CONFIG_FILE = Path("/etc/kmend/kmend.toml")
+#: Of the package debian-archive-keyring: what apt itself checks Debian's indexes with.
+DEFAULT_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ SETTINGS = (
     Setting("state", "folder of kmend's own state (installed patches, journal)"),
     Setting("jobs", "how many compilers run at once"),
     Setting("mirror", "base URL of a package archive laid out like Debian's snapshot archive"),
+    Setting("keyring", "public keys that the indexes of that archive must be signed with"),
 )
 
 
@@ -40,6 +43,7 @@ class Config:
     state: Path
     jobs: int
     mirror: str
+    keyring: Path = DEFAULT_KEYRING
 
     @property
     def targets(self) -> Path:
@@ -95,7 +99,9 @@ def load(
     for key, value in data.items():
         if key not in known or not isinstance(value, str | int):
             raise UsageError(
-                f"{file}: unknown setting {key!r}" if key not in known else f"{file}: {key} has the wrong type",
+                f"{file}: unknown setting {key!r}"
+                if key not in known
+                else f"{file}: {key} has the wrong type",
                 why=f"known settings: {', '.join(sorted(known))}",
                 next_step="remove the line",
                 rule="config",
@@ -114,5 +120,6 @@ def load(
         cache=Path(values.get("cache") or default_cache(env, root=os.geteuid() == 0)).absolute(),
         state=Path(values.get("state", "/var/lib/kmend")).absolute(),
         jobs=int(jobs_text),
-        mirror=values.get("mirror", "https://snapshot.debian.org"),
+        mirror=values.get("mirror", "https://snapshot.debian.org").rstrip("/"),
+        keyring=Path(values.get("keyring") or DEFAULT_KEYRING).absolute(),
     )

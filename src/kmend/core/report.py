@@ -19,7 +19,10 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FunctionRow:
-    """A function of the module: ``status`` is ``changed`` (it replaces one) or ``new``; ``why`` says what made it so."""
+    """A function of the module.
+
+    ``status`` is ``changed`` (it replaces one) or ``new``; ``why`` says what made it so.
+    """
 
     name: str
     sympos: int
@@ -37,7 +40,10 @@ class ObjectRow:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """How many functions were compared with the target's own bytes, how many were identical, what was passed over."""
+    """How many functions were compared with the target's own bytes, how many were identical.
+
+    ``skipped`` names what was passed over.
+    """
 
     functions: int = 0
     identical: int = 0

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,44 @@ class Result:
         return self.stderr.decode(errors="replace")
 
 
+class Children:
+    """The children that several threads run for one piece of work, to be ended together.
+
+    An interrupt (or a failure) reaches one thread only; without this the others would wait
+    for their children to end by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._alive: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def stop(self) -> None:
+        """Kill every child with its process group; a later ``run`` with this object raises Failed."""
+        with self._lock:
+            self._stopped = True
+            for child in self._alive:
+                if child.returncode is not None:
+                    continue  # already waited for: its number may be another process's by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+
+    def _add(self, child: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._alive.add(child)
+            if self._stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+
+    def _ended(self, child: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._alive.discard(child)
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The scrubbed environment of a child: ``KEEP``, the C locale, then ``extra``."""
     env = {name: os.environ[name] for name in KEEP if name in os.environ}
@@ -56,16 +95,20 @@ def run(
     timeout: float = 600.0,
     check: bool = True,
     clean_env: bool = True,
+    pass_fds: Sequence[int] = (),
+    children: Children | None = None,
 ) -> Result:
     """Run ``argv`` to its end and return its output.
 
     ``timeout`` is in seconds; the child's whole process group is killed when it
     is over or when we are interrupted. ``env`` adds to the scrubbed environment
-    (``clean_env=False``: replaces it whole).
+    (``clean_env=False``: replaces it whole). The child inherits ``pass_fds`` (a lock that it
+    shall hold with us). With ``children`` another thread can end it.
 
     Raises:
         Unable: the program does not exist.
-        Failed: it took longer than ``timeout``, or (``check``) ended with a status other than 0.
+        Failed: it took longer than ``timeout``, ``children`` was stopped, or (``check``) it
+            ended with a status other than 0.
     """
     args = [os.fspath(a) for a in argv]
     line = shlex.join(args)
@@ -79,10 +122,13 @@ def run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            pass_fds=tuple(pass_fds),
         )
     except FileNotFoundError as error:
         raise Unable(
-            f"the program {args[0]} is not there" if not cwd or cwd.is_dir() else f"the folder {cwd} is not there",
+            f"the program {args[0]} is not there"
+            if not cwd or cwd.is_dir()
+            else f"the folder {cwd} is not there",
             why=str(error),
             next_step="run `kmend doctor` or `make setup` in a checkout: both name the package that has it",
             rule="missing-tool",
@@ -90,15 +136,22 @@ def run(
     except OSError as error:
         raise Failed(f"{args[0]} could not be started", why=str(error), rule="subprocess") from error
     try:
+        if children is not None:
+            children._add(child)
         out, err = child.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         _kill(child)
-        raise Failed(
-            f"{args[0]} did not end within {timeout:g} s", why=line, rule="timeout"
-        ) from error
+        raise Failed(f"{args[0]} did not end within {timeout:g} s", why=line, rule="timeout") from error
     except BaseException:
         _kill(child)
         raise
+    finally:
+        if children is not None:
+            children._ended(child)
+    if children is not None and children.stopped:
+        raise Failed(
+            f"{Path(args[0]).name} was stopped", why="another part of the work failed", rule="stopped"
+        )
     result = Result(tuple(args), child.returncode, out, err)
     if check and result.status != 0:
         tail = (result.errors.strip() or result.text.strip()).splitlines()[-15:]
