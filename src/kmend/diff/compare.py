@@ -1,0 +1,289 @@
+"""Original against patched: which functions and variables differ, and in what.
+
+Two parts are the same when their bytes are the same and every relocation means the
+same: twins at the same offset, equal strings, equal constants. For a function the
+entries of the special sections that it owns count as well, with the replacement code
+of alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kmend.diff.special import ORC, SATELLITES, TABLE, Entry, SpecialSections
+from kmend.diff.twins import Twins, match
+from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject
+from kmend.elf.model import SHF_ALLOC, Reloc, Section
+from kmend.elf.reader import slice_relocs
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first thing found to differ between twins, for people."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectDiff:
+    """The outcome for one pair of objects. All keys are of the patched object but for ``removed``."""
+
+    old: UnitObject
+    new: UnitObject
+    old_special: SpecialSections
+    new_special: SpecialSections
+    twins: Twins
+    changed: dict[str, Difference]
+    new_functions: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed_data: dict[str, Difference]
+    new_data: tuple[str, ...]
+    #: sections without symbols (export tables, …) that differ
+    changed_sections: tuple[str, ...]
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the two objects mean the same (a removed function alone changes nothing)."""
+        return not (self.changed or self.changed_data or self.changed_sections)
+
+
+def cold_parent(unit: UnitObject, part: Part) -> Part | None:
+    """The function that a ``.cold`` part was split from."""
+    if ".cold" not in part.name:
+        return None
+    return unit.parts.get(part.name.partition(".cold")[0])
+
+
+def compare(old: UnitObject, new: UnitObject, sizes: Mapping[str, int] | None = None) -> ObjectDiff:
+    """Compare two objects of one unit; ``sizes`` are the target's special-section entry sizes.
+
+    Raises:
+        Failed: (rules ``special-section``, ``relocation-type``, ``undecodable``) something in either
+            object is not understood.
+    """
+    return _Comparer(old, new, sizes).run()
+
+
+class _Comparer:
+    def __init__(self, old: UnitObject, new: UnitObject, sizes: Mapping[str, int] | None) -> None:
+        self.old, self.new = old, new
+        self.old_special = SpecialSections(old, sizes)
+        self.new_special = SpecialSections(new, sizes)
+        self.twins = match(old, new)
+
+    def run(self) -> ObjectDiff:
+        changed: dict[str, Difference] = {}
+        changed_data: dict[str, Difference] = {}
+        new_functions: list[str] = []
+        new_data: list[str] = []
+        for key, part in self.new.parts.items():
+            twin = self.twins.original.get(key)
+            function = part.kind is PartKind.FUNCTION
+            if twin is None:
+                (new_functions if function else new_data).append(key)
+                continue
+            difference = self._parts(self.old.parts[twin], part)
+            if difference is not None:
+                (changed if function else changed_data)[key] = difference
+        self._join_cold(changed, new_functions)
+        kept = set(self.twins.original.values())
+        removed = tuple(p.key for p in self.old.functions() if p.key not in kept)
+        return ObjectDiff(
+            self.old,
+            self.new,
+            self.old_special,
+            self.new_special,
+            self.twins,
+            changed,
+            tuple(new_functions),
+            removed,
+            changed_data,
+            tuple(new_data),
+            self._sections(),
+        )
+
+    def _join_cold(self, changed: dict[str, Difference], new_functions: list[str]) -> None:
+        """A function and its cold part jump into each other: when one differs both are replaced."""
+        fresh = set(new_functions)
+        for part in self.new.functions():
+            parent = cold_parent(self.new, part)
+            if parent is None:
+                continue
+            if (part.key in changed or part.key in fresh) and parent.key not in fresh:
+                changed.setdefault(parent.key, Difference(f"its cold part {part.name} differs"))
+            if parent.key in changed and part.key not in fresh:
+                changed.setdefault(part.key, Difference(f"the function {parent.name} differs"))
+
+    # -- one pair ---------------------------------------------------------
+
+    def _parts(self, a: Part, b: Part) -> Difference | None:
+        if a.size != b.size:
+            return Difference(f"its size was {a.size} and is {b.size} bytes")
+        code_a, code_b = self.old.code(a), self.new.code(b)
+        if code_a != code_b:
+            at = next(i for i in range(a.size) if code_a[i] != code_b[i])
+            return Difference(f"its bytes differ from +{at:#x} on")
+        difference = self._rows(
+            self.old.section_of(a),
+            self.old.relocs(a),
+            a.start,
+            self.new.section_of(b),
+            self.new.relocs(b),
+            b.start,
+        )
+        if difference is not None or b.kind is PartKind.DATA:
+            if difference is None and self.old.section_of(a).flags != self.new.section_of(b).flags:
+                return Difference("its section's flags differ")
+            return difference
+        for name, table_row in TABLE.items():
+            if not table_row.compared:
+                continue
+            before = self.old_special.entries(a.key, name)
+            after = self.new_special.entries(b.key, name)
+            if len(before) != len(after):
+                return Difference(f"it had {len(before)} entries in {name} and has {len(after)}")
+            for x, y in zip(before, after, strict=True):
+                difference = self._entries(name, x, y)
+                if difference is not None:
+                    return difference
+        return None
+
+    def _rows(
+        self,
+        section_a: Section,
+        relocs_a: tuple[Reloc, ...],
+        start_a: int,
+        section_b: Section,
+        relocs_b: tuple[Reloc, ...],
+        start_b: int,
+    ) -> Difference | None:
+        if len(relocs_a) != len(relocs_b):
+            return Difference(f"it had {len(relocs_a)} relocations and has {len(relocs_b)}")
+        for x, y in zip(relocs_a, relocs_b, strict=True):
+            at = y.offset - start_b
+            if x.offset - start_a != at or x.type != y.type:
+                return Difference(f"its relocation at +{at:#x} is of another kind or elsewhere")
+            ref_a, ref_b = self.old.ref(section_a, x), self.new.ref(section_b, y)
+            if not self._same(ref_a, ref_b):
+                return Difference(
+                    f"at +{at:#x} it referred to {_words(ref_a)} and now refers to {_words(ref_b)}"
+                )
+        return None
+
+    def _entries(self, name: str, x: Entry, y: Entry) -> Difference | None:
+        where = f"its entry in {name} for +{y.owner_offset:#x}"
+        if x.owner_offset != y.owner_offset or x.data != y.data:
+            return Difference(f"{where} differs")
+        sections = self.old.elf.sections[x.section], self.new.elf.sections[y.section]
+        # The fields that lead to satellites are compared by what lies there, not by where it lies.
+        skip = 2 if name == ".altinstructions" else 1
+        if len(x.relocs) != len(y.relocs):
+            return Difference(f"{where} differs")
+        for p, q in zip(x.relocs[skip:], y.relocs[skip:], strict=True):
+            if p.offset != q.offset or p.type != q.type:
+                return Difference(f"{where} differs")
+            ref_p = self.old.ref(sections[0], _moved(p, x.offset))
+            ref_q = self.new.ref(sections[1], _moved(q, y.offset))
+            if not self._same(ref_p, ref_q):
+                return Difference(f"{where} referred to {_words(ref_p)} and now refers to {_words(ref_q)}")
+        if name == ".altinstructions":
+            a, b = self.old_special.replacement(x), self.new_special.replacement(y)
+            if a is not None and b is not None:
+                return self._satellite(a, b, where)
+            if a != b:
+                return Difference(f"{where} differs")
+        return None
+
+    def _satellite(self, a: tuple[int, int, int], b: tuple[int, int, int], where: str) -> Difference | None:
+        section_a, section_b = self.old.elf.sections[a[0]], self.new.elf.sections[b[0]]
+        if section_a.data[a[1] : a[1] + a[2]] != section_b.data[b[1] : b[1] + b[2]]:
+            return Difference(f"the replacement of {where} differs")
+        return self._rows(
+            section_a,
+            slice_relocs(section_a.relocs, a[1], a[1] + a[2]),
+            a[1],
+            section_b,
+            slice_relocs(section_b.relocs, b[1], b[1] + b[2]),
+            b[1],
+        )
+
+    def _same(self, a: Ref, b: Ref) -> bool:
+        """Whether two references mean the same thing."""
+        if a.kind is not b.kind:
+            return False
+        match a.kind:
+            case RefKind.PART:
+                return self.twins.original.get(b.name) == a.name and a.addend == b.addend
+            case RefKind.EXTERN:
+                return a.name == b.name and a.addend == b.addend
+            case RefKind.STRING:
+                return a.content == b.content
+            case RefKind.CONST:
+                size = len(a.content)
+                return a.content == b.content and a.addend % size == b.addend % size
+            case RefKind.OPAQUE:
+                return self._same_opaque(a, b)
+
+    def _same_opaque(self, a: Ref, b: Ref) -> bool:
+        section_a, section_b = self.old.elf.sections[a.section], self.new.elf.sections[b.section]
+        if section_a.name != section_b.name:
+            return False
+        if section_a.name == ".altinstr_aux":
+            start_a, end_a = self.old_special.aux_block(a.addend)
+            start_b, end_b = self.new_special.aux_block(b.addend)
+            return (
+                self._satellite(
+                    (a.section, start_a, end_a - start_a), (b.section, start_b, end_b - start_b), "aux"
+                )
+                is None
+            )
+        return (
+            a.addend == b.addend
+            and section_a.data == section_b.data
+            and self._rows(section_a, section_a.relocs, 0, section_b, section_b.relocs, 0) is None
+        )
+
+    # -- whole sections ----------------------------------------------------
+
+    def _sections(self) -> tuple[str, ...]:
+        """Names of loaded sections without symbols of their own whose contents differ."""
+
+        def loose(unit: UnitObject) -> dict[str, list[Section]]:
+            out: dict[str, list[Section]] = {}
+            for section in unit.elf.sections:
+                if (
+                    section.flags & SHF_ALLOC
+                    and section.size
+                    and not section.strings
+                    and section.name not in TABLE
+                    and section.name not in SATELLITES
+                    and section.name != ORC
+                    and not section.name.startswith((".rodata.cst", ".note."))
+                    and not unit.parts_in(section.index)
+                ):
+                    out.setdefault(section.name, []).append(section)
+            return out
+
+        before, after = loose(self.old), loose(self.new)
+        out = []
+        for name in sorted(set(before) | set(after)):
+            xs, ys = before.get(name, []), after.get(name, [])
+            same = len(xs) == len(ys) and all(
+                x.data == y.data and x.size == y.size and self._rows(x, x.relocs, 0, y, y.relocs, 0) is None
+                for x, y in zip(xs, ys, strict=True)
+            )
+            if not same:
+                out.append(name)
+        return tuple(out)
+
+
+def _moved(reloc: Reloc, by: int) -> Reloc:
+    return Reloc(reloc.offset + by, reloc.type, reloc.symbol, reloc.addend)
+
+
+def _words(ref: Ref) -> str:
+    if ref.kind is RefKind.STRING:
+        text = ref.content[:-1].decode(errors="replace")
+        return f'"{text[:40]}"'
+    return ref.name or "?"

@@ -1,0 +1,447 @@
+"""What goes into the module: the changed functions and all that they need and the kernel lacks.
+
+The closure starts at the changed functions. A reference from something included leads
+
+- to a function of the patched object that is new: it is included as well;
+- to a changed function: a direct call goes to the new code; a pointer goes to the *original*
+  (ftrace redirects it), since a pointer may outlive the module;
+- to an unchanged function or variable: to the one in the running kernel, whose state is the
+  truth. Read-only text whose identity nobody can see (``__func__``) is copied instead;
+- to a new variable: included.
+
+Everything that cannot be carried over faithfully becomes a refusal; all of them are
+collected before anyone is told.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from kmend.core.errors import Refusal
+from kmend.diff.compare import ObjectDiff, cold_parent
+from kmend.diff.special import SATELLITES, TABLE, Entry
+from kmend.diff.twins import section_class
+from kmend.diff.unit import Part, PartKind, Ref, RefKind, base_name
+from kmend.elf.model import Reloc, Section
+from kmend.elf.reader import slice_relocs
+from kmend.elf.x86_64 import R_PC32, R_PLT32
+
+#: Sections whose memory is gone (or never runs again) once the kernel or module is up.
+_INIT = (".init", ".exit", ".ref.text", ".meminit", ".devinit", ".cpuinit")
+#: Sections that new variables may stand in: the module loader gives each of them its meaning.
+_PLAIN_DATA = (".data", ".bss", ".rodata", ".data.once", ".data..read_mostly", ".data.unlikely")
+_DYNDBG = ("__dyndbg",)
+#: New rows here change nothing that runs: information about the module or the printk formats.
+_INFORMATION = (".modinfo", ".printk_index")
+#: Read-only data without an identity: GCC's own names for it, and the name of the function.
+_COPIED = frozenset({"__func__", "__PRETTY_FUNCTION__", "__FUNCTION__", "CSWTCH"})
+
+
+class LinkKind(Enum):
+    """Where a relocation of the module has to lead."""
+
+    LOCAL = "local"  # a part that the module carries
+    OUTER = "outer"  # a part of the original object, as it is in the running kernel
+    EXTERN = "extern"  # a symbol that neither object defines
+    STRING = "string"
+    CONST = "const"
+    SATELLITE = "satellite"  # replacement code of an alternative
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """``name``: key of the patched part (LOCAL), key of the original part (OUTER), symbol (EXTERN)."""
+
+    kind: LinkKind
+    name: str
+    ref: Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A function to be replaced: its key in the patched and in the original object, and what differs."""
+
+    key: str
+    original: str
+    difference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The outcome for one unit. ``included`` are keys of the patched object, in its order."""
+
+    diff: ObjectDiff
+    changed: tuple[Changed, ...]
+    new_functions: tuple[str, ...]
+    included: tuple[str, ...]
+    #: original parts that the module reaches, by key
+    outer: tuple[str, ...]
+    #: symbols of other units that the module reaches
+    externs: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    warnings: tuple[Refusal, ...]
+
+
+def is_init(section: Section) -> bool:
+    """Whether the section's code or data exists only while the kernel or the module starts or leaves."""
+    return section.name.startswith(_INIT)
+
+
+def is_direct_branch(code: bytes, at: int) -> bool:
+    """Whether the 4 bytes at ``at`` are the operand of ``call``, ``jmp`` or a conditional jump."""
+    if at >= 1 and code[at - 1] in (0xE8, 0xE9):
+        return True
+    return at >= 2 and code[at - 2] == 0x0F and 0x80 <= code[at - 1] <= 0x8F
+
+
+class Linker:
+    """Decides for each relocation of an included part where it leads."""
+
+    def __init__(self, diff: ObjectDiff) -> None:
+        self.diff = diff
+        self.new = diff.new
+
+    def _family(self, part: Part) -> str:
+        parent = cold_parent(self.new, part)
+        return parent.key if parent else part.key
+
+    def replaced(self, key: str) -> bool:
+        """Whether the part of the patched object goes into the module in place of an original function."""
+        return key in self.diff.changed
+
+    def of_code(self, part: Part, section: Section, reloc: Reloc) -> Link:
+        """The link of a relocation inside ``part``."""
+        ref = self.new.ref(section, reloc)
+        if ref.kind is not RefKind.PART:
+            return self._other(ref)
+        target = self.new.parts[ref.name]
+        if self._family(target) == self._family(part):
+            return Link(LinkKind.LOCAL, target.key, ref)
+        if target.kind is PartKind.DATA:
+            return self._data(target, ref)
+        twin = self.diff.twins.original.get(target.key)
+        if twin is None:
+            return Link(LinkKind.LOCAL, target.key, ref)
+        if not self.replaced(target.key):
+            return Link(LinkKind.OUTER, twin, ref)
+        direct = (
+            section.executable
+            and reloc.type in (R_PC32, R_PLT32)
+            and is_direct_branch(section.data, reloc.offset)
+        )
+        return Link(LinkKind.LOCAL, target.key, ref) if direct else Link(LinkKind.OUTER, twin, ref)
+
+    def of_entry(self, entry: Entry, reloc: Reloc) -> Link:
+        """The link of a relocation of a special section's entry: code it names is the module's own."""
+        section = self.new.elf.sections[entry.section]
+        ref = self.new.ref(
+            section, Reloc(reloc.offset + entry.offset, reloc.type, reloc.symbol, reloc.addend)
+        )
+        if ref.kind is not RefKind.PART:
+            return self._other(ref)
+        target = self.new.parts[ref.name]
+        if target.kind is PartKind.DATA:
+            return self._data(target, ref)
+        return Link(LinkKind.LOCAL, target.key, ref)
+
+    def of_satellite(self, owner: Part, section: Section, reloc: Reloc) -> Link:
+        """The link of a relocation inside replacement code that belongs to ``owner``."""
+        ref = self.new.ref(section, reloc)
+        if ref.kind is RefKind.PART and self._family(self.new.parts[ref.name]) == self._family(owner):
+            return Link(LinkKind.LOCAL, ref.name, ref)
+        return self.of_code(owner, section, reloc)
+
+    def _data(self, target: Part, ref: Ref) -> Link:
+        twin = self.diff.twins.original.get(target.key)
+        if twin is None or self.copied(target):
+            return Link(LinkKind.LOCAL, target.key, ref)
+        return Link(LinkKind.OUTER, twin, ref)
+
+    def copied(self, target: Part) -> bool:
+        """Whether the module gets a copy of its own although the kernel has the variable.
+
+        Dynamic debug descriptors: the static key inside would else belong to the patched module, whose
+        address is not known while it is not loaded; the copy starts with its message off
+        (lib/dynamic_debug.c registers the copies of a module when it is loaded).
+        """
+        section = self.new.section_of(target)
+        if section.name.startswith(_DYNDBG):
+            return True
+        return not section.writable and base_name(target.name) in _COPIED and target.local
+
+    def _other(self, ref: Ref) -> Link:
+        match ref.kind:
+            case RefKind.EXTERN:
+                return Link(LinkKind.EXTERN, ref.name, ref)
+            case RefKind.STRING:
+                return Link(LinkKind.STRING, "", ref)
+            case RefKind.CONST:
+                return Link(LinkKind.CONST, "", ref)
+            case RefKind.OPAQUE | RefKind.PART:
+                return Link(LinkKind.SATELLITE, self.new.elf.sections[ref.section].name, ref)
+
+
+def select(diff: ObjectDiff, extra_roots: Iterable[str] = ()) -> Selection:
+    """Choose what the module carries of one unit.
+
+    ``extra_roots`` are new global functions or variables that other units of the patch refer to.
+    """
+    return _Selector(diff, tuple(extra_roots)).run()
+
+
+class _Selector:
+    def __init__(self, diff: ObjectDiff, extra_roots: tuple[str, ...]) -> None:
+        self.diff = diff
+        self.old, self.new = diff.old, diff.new
+        self.linker = Linker(diff)
+        self.roots = extra_roots
+        self.refusals: dict[tuple[str, str], Refusal] = {}
+        self.warnings: dict[tuple[str, str], Refusal] = {}
+
+    def refuse(self, rule: str, what: str, why: str, next_step: str) -> None:
+        self.refusals.setdefault((rule, what), Refusal(rule, what, why, next_step))
+
+    def warn(self, rule: str, what: str, why: str, next_step: str) -> None:
+        self.warnings.setdefault((rule, what), Refusal(rule, what, why, next_step))
+
+    def run(self) -> Selection:
+        diff, new = self.diff, self.new
+        changed = tuple(
+            Changed(key, diff.twins.original[key], difference.what)
+            for key, difference in diff.changed.items()
+            if cold_parent(new, new.parts[key]) is None
+        )
+        for row in changed:
+            self._replaceable(row)
+        self._data_rules()
+        self._section_rules()
+        included, outer, externs = self._closure([*diff.changed, *self.roots])
+        order = [key for key in new.parts if key in included]
+        new_functions = tuple(
+            key
+            for key in order
+            if new.parts[key].kind is PartKind.FUNCTION
+            and key not in diff.changed
+            and cold_parent(new, new.parts[key]) is None
+        )
+        return Selection(
+            diff,
+            changed,
+            new_functions,
+            tuple(order),
+            tuple(sorted(outer)),
+            tuple(sorted(externs)),
+            tuple(self.refusals.values()),
+            tuple(self.warnings.values()),
+        )
+
+    # -- rules ---------------------------------------------------------------
+
+    def _replaceable(self, row: Changed) -> None:
+        part = self.old.parts[row.original]
+        section = self.old.section_of(part)
+        if is_init(section):
+            self.refuse(
+                "init-code",
+                part.name,
+                f"it stands in {section.name}: it has run already and its memory is gone",
+                "leave the change to the next reboot, or split it off the patch",
+            )
+            return
+        if not self.diff.old_special.entries(part.key, "__mcount_loc"):
+            self.refuse(
+                "no-ftrace-entry",
+                part.name,
+                f"it differs ({row.difference}) but does not begin with a call of __fentry__ "
+                "(notrace, noinstr, or an object without -pg), so ftrace cannot redirect it",
+                "change a traceable caller of it instead, or leave the change to the next reboot",
+            )
+
+    def _data_rules(self) -> None:
+        for key, difference in self.diff.changed_data.items():
+            part = self.new.parts[key]
+            section = self.new.section_of(part)
+            if section.name.startswith(_INFORMATION) or self.linker.copied(part):
+                continue
+            rule = "init-data" if is_init(section) else "changed-data"
+            self.refuse(
+                rule,
+                part.name,
+                f"the patch changes the contents of a variable in {section.name} ({difference.what}); "
+                "the running kernel has its own copy, possibly modified since",
+                "change the variable at run time from a patched function, or leave the change "
+                "to the next reboot",
+            )
+        for key in self.diff.new_data:
+            part = self.new.parts[key]
+            name = section_class(self.new, part)
+            if name.startswith((*_INFORMATION, *_DYNDBG, ".discard")) or self._plain(name):
+                continue
+            self.refuse(
+                "init-data" if name.startswith(_INIT) else "special-data",
+                part.name,
+                f"the patch adds a variable to the section {name}, which only the kernel's or the "
+                "module's own start looks at",
+                "leave this part of the change to the next reboot",
+            )
+
+    @staticmethod
+    def _plain(name: str) -> bool:
+        return name in _PLAIN_DATA or name.startswith((".rodata.", ".data..read_mostly"))
+
+    def _section_rules(self) -> None:
+        for name in self.diff.changed_sections:
+            if name.startswith(_INFORMATION):
+                continue
+            export = "ksymtab" in name or "kcrctab" in name or "export_symbol" in name
+            self.refuse(
+                "export-changed" if export else "init-data" if name.startswith(_INIT) else "changed-section",
+                f"section {name}",
+                "the patch changes what the kernel exports to modules, which is fixed when it is loaded"
+                if export
+                else "the patch changes a table that kmend does not carry over",
+                "leave this part of the change to the next reboot",
+            )
+        before, after = Counter(self.diff.old_special.orphans), Counter(self.diff.new_special.orphans)
+        for table, where in (before - after) | (after - before):
+            self.refuse(
+                "special-section",
+                f"section {table}",
+                f"its entries about {where}, which no function symbol covers, changed",
+                "leave the change to the next reboot",
+            )
+
+    # -- closure ---------------------------------------------------------------
+
+    def _closure(self, roots: list[str]) -> tuple[set[str], set[str], set[str]]:
+        included: set[str] = set()
+        outer: set[str] = set()
+        externs: set[str] = set()
+        waiting = list(roots)
+        while waiting:
+            key = waiting.pop()
+            if key in included:
+                continue
+            included.add(key)
+            part = self.new.parts[key]
+            self._carried(part)
+            for link, pointer in self._links(part):
+                match link.kind:
+                    case LinkKind.LOCAL:
+                        target = self.new.parts[link.name]
+                        if link.name not in included:
+                            waiting.append(link.name)
+                        if (
+                            pointer
+                            and target.kind is PartKind.FUNCTION
+                            and not self.linker.replaced(link.name)
+                        ):
+                            self._pointer(part, target)
+                    case LinkKind.OUTER:
+                        outer.add(link.name)
+                        self._reachable(part, link)
+                    case LinkKind.EXTERN:
+                        externs.add(link.name)
+                    case LinkKind.STRING | LinkKind.CONST:
+                        pass
+                    case LinkKind.SATELLITE:
+                        if link.name not in SATELLITES:
+                            self.refuse(
+                                "opaque-reference",
+                                part.name,
+                                f"it refers to {link.name}+{link.ref.addend:#x}, where no symbol says what "
+                                "lies there",
+                                "report the function: kmend does not understand its code",
+                            )
+            for other in self.new.functions():
+                parent = cold_parent(self.new, other)
+                if parent is not None and parent.key == key and other.key not in included:
+                    waiting.append(other.key)
+        return included, outer, externs
+
+    def _links(self, part: Part) -> Iterable[tuple[Link, bool]]:
+        """All links of a part, each with whether it hands out an address (and is no direct branch)."""
+        section = self.new.section_of(part)
+        for reloc in self.new.relocs(part):
+            link = self.linker.of_code(part, section, reloc)
+            branch = section.executable and is_direct_branch(section.data, reloc.offset)
+            own = link.kind is LinkKind.LOCAL and link.name == part.key
+            yield link, not branch and not own
+            yield from ((row, False) for row in self._satellite_links(part, link))
+        for name in TABLE:
+            for entry in self.diff.new_special.entries(part.key, name):
+                for reloc in entry.relocs[1:]:
+                    yield self.linker.of_entry(entry, reloc), False
+                if name == ".altinstructions":
+                    spot = self.diff.new_special.replacement(entry)
+                    if spot is not None:
+                        yield from ((row, False) for row in self._spot_links(part, *spot))
+
+    def _satellite_links(self, part: Part, link: Link) -> Iterable[Link]:
+        if link.kind is LinkKind.SATELLITE and link.name == ".altinstr_aux":
+            start, end = self.diff.new_special.aux_block(link.ref.addend)
+            yield from self._spot_links(part, link.ref.section, start, end - start)
+
+    def _spot_links(self, part: Part, index: int, start: int, length: int) -> Iterable[Link]:
+        section = self.new.elf.sections[index]
+        for reloc in slice_relocs(section.relocs, start, start + length):
+            link = self.linker.of_satellite(part, section, reloc)
+            yield link
+            if link.kind is LinkKind.SATELLITE and link.name == ".altinstr_aux" and section.name != link.name:
+                yield from self._satellite_links(part, link)
+
+    def _carried(self, part: Part) -> None:
+        section = self.new.section_of(part)
+        if is_init(section):
+            self.refuse(
+                "init-reference",
+                part.name,
+                f"patched code needs it, but it stands in {section.name}",
+                "leave the change to the next reboot",
+            )
+        elif part.kind is PartKind.FUNCTION and not self.new.alone(part):
+            self.refuse(
+                "shared-section",
+                part.name,
+                f"its section {section.name} is chosen by an attribute and shared with other functions, "
+                "so calls between them carry no relocation",
+                "leave the change to the next reboot",
+            )
+        elif part.kind is PartKind.DATA and part.key in self.diff.twins.ambiguous:
+            self.refuse(
+                "static-local-ambiguous",
+                part.name,
+                "the original has static local variables of this name, and which of them it is "
+                "cannot be told",
+                "give the new variable another name, or keep the number of variables of this name",
+            )
+
+    def _reachable(self, part: Part, link: Link) -> None:
+        target = self.old.parts[link.name]
+        section = self.old.section_of(target)
+        if is_init(section):
+            self.refuse(
+                "init-reference",
+                part.name,
+                f"it refers to {target.name} in {section.name}, whose memory is gone",
+                "leave the change to the next reboot",
+            )
+        if target.kind is PartKind.FUNCTION and link.ref.addend not in (0, -4):
+            self.refuse(
+                "opaque-reference",
+                part.name,
+                f"it refers to {target.name}{link.ref.addend:+#x}, the middle of a function that stays "
+                "as it is",
+                "report the function: kmend does not understand its code",
+            )
+
+    def _pointer(self, part: Part, target: Part) -> None:
+        self.warn(
+            "pointer-to-new-function",
+            target.name,
+            f"{part.name} hands out the address of a function that exists only in the module",
+            "make sure that nothing keeps the address when the patch is taken back",
+        )

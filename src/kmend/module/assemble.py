@@ -1,0 +1,576 @@
+"""Patched functions, descriptors and the glue to one livepatch module.
+
+A small relocatable linker: pieces of the patched objects are laid into output sections,
+every relocation is decided by :class:`kmend.diff.select.Linker` and
+:mod:`kmend.module.resolve`, and goes either into an ordinary ``.rela`` section or, for a
+livepatch symbol, into ``.klp.rela.OBJECT.SECTION``
+(Documentation/livepatch/module-elf-format.rst).
+
+The kernel applies ``.klp.rela.vmlinux.*`` while it loads the module, before jump labels,
+static calls and alternatives are processed, and ``.klp.rela.MODULE.*`` when that module is
+there (kernel/livepatch/core.c, klp_apply_section_relocs; since commit 7c8e2bdd5f0d
+"livepatch: Apply vmlinux-specific KLP relocations early", 5.8). A table that is processed
+while loading must therefore not depend on a module's symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kmend.core.errors import Failed, Refusal, Refused
+from kmend.core.target import VMLINUX
+from kmend.diff.select import Link, Linker, LinkKind, Selection
+from kmend.diff.special import ORC, ORC_IP, TABLE, Entry
+from kmend.diff.twins import section_class
+from kmend.diff.unit import Part, PartKind, UnitObject
+from kmend.elf.model import (
+    SHF_ALLOC,
+    SHF_EXECINSTR,
+    SHF_RELA_LIVEPATCH,
+    SHF_WRITE,
+    SHN_LIVEPATCH,
+    SHN_UNDEF,
+    SHT_NOBITS,
+    SHT_NOTE,
+    SHT_PROGBITS,
+    STB_GLOBAL,
+    STB_LOCAL,
+    STT_FUNC,
+    STT_OBJECT,
+    STT_SECTION,
+    ElfFile,
+    Reloc,
+    Section,
+)
+from kmend.elf.reader import slice_relocs
+from kmend.elf.writer import OutReloc, OutSection, OutSymbol, write
+from kmend.elf.x86_64 import R_64
+from kmend.module.layout import SECTION as LAYOUT_SECTION
+from kmend.module.layout import Layout, modinfo
+from kmend.module.resolve import Exported, Livepatched, Resolution
+
+#: MODULE_NAME_LEN - 1 is the kernel's limit; a klp symbol's object name is read with %55 (core.c).
+MAX_NAME = 55
+#: Processed while the module is loaded: must not wait for a module that may come later.
+_EARLY = frozenset({"__jump_table", ".static_call_sites", ".altinstructions", ".parainstructions"})
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPatch:
+    """One unit's share: the object it belongs to (``vmlinux`` or a module) and what was selected.
+
+    ``outer`` and ``externs`` say how each name of the selection is reached; ``sympos`` has the position of
+    each replaced function by its key in the original object.
+    """
+
+    owner: str
+    unit: str
+    selection: Selection
+    outer: Mapping[str, Resolution]
+    externs: Mapping[str, Resolution]
+    sympos: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """What the module is called and says of itself."""
+
+    name: str
+    replace: bool
+    info: tuple[tuple[str, str], ...] = ()
+    note: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """The module's bytes, and what had to be given up on the way (warnings)."""
+
+    data: bytes
+    warnings: tuple[Refusal, ...]
+
+
+def assemble(
+    spec: ModuleSpec,
+    units: Sequence[UnitPatch],
+    glue: ElfFile,
+    layout: Layout,
+    crcs: Mapping[str, int],
+) -> Assembled:
+    """Build the module.
+
+    ``glue`` is ``glue.c`` compiled for the target; ``crcs`` are the CRCs of the exported symbols that the
+    glue itself uses, and ``module_layout``'s.
+
+    Raises:
+        Refused: (``late-module-key``, ``late-module-alternative``) something is needed while the module is
+            loaded that only a module has which may come later.
+        Failed: an internal inconsistency.
+    """
+    return _Assembler(spec, units, glue, layout, crcs).run()
+
+
+@dataclass(slots=True)
+class _Out:
+    """An output section while it grows."""
+
+    name: str
+    type: int
+    flags: int
+    align: int
+    entry_size: int
+    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    plain: list[OutReloc] = field(default_factory=list)
+    klp: dict[str, list[OutReloc]] = field(default_factory=dict)
+    section: OutSection = field(init=False)
+    symbol: OutSymbol = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.section = OutSection(self.name, self.type, self.flags, self.align)
+        self.symbol = OutSymbol(self.name, self.section, type=STT_SECTION)
+
+    def add(self, data: bytes, align: int) -> int:
+        """Append, aligned; returns the offset."""
+        align = max(align, 1)
+        self.align = max(self.align, align)
+        at = -(-self.size // align) * align
+        if self.type != SHT_NOBITS:
+            fill = b"\x90" if self.flags & SHF_EXECINSTR else b"\0"
+            self.data += fill * (at - self.size) + data
+        self.size = at + len(data)
+        return at
+
+    def finish(self) -> OutSection:
+        out = self.section
+        out.align, out.size, out.entry_size, out.data = (
+            self.align,
+            self.size,
+            self.entry_size,
+            bytes(self.data),
+        )
+        if self.plain:
+            out.relas.append((f".rela{self.name}", 0, self.plain))
+        for obj, rows in self.klp.items():
+            out.relas.append((f".klp.rela.{obj}.{self.name}", SHF_RELA_LIVEPATCH | SHF_ALLOC, rows))
+        return out
+
+
+class _Assembler:
+    def __init__(
+        self,
+        spec: ModuleSpec,
+        units: Sequence[UnitPatch],
+        glue: ElfFile,
+        layout: Layout,
+        crcs: Mapping[str, int],
+    ) -> None:
+        self.spec, self.units, self.glue, self.layout = spec, units, glue, layout
+        self.crcs: dict[str, int] = dict(crcs)
+        self.out: dict[str, _Out] = {}
+        self.symbols: list[OutSymbol] = []
+        self.undefined: dict[str, OutSymbol] = {}
+        self.livepatched: dict[Livepatched, OutSymbol] = {}
+        self.namespaces: set[str] = set()
+        self.parts: dict[tuple[int, str], tuple[_Out, OutSymbol]] = {}
+        self.strings: dict[bytes, int] = {}
+        self.satellites: dict[tuple[int, int, int], int] = {}
+        self.refusals: list[Refusal] = []
+        self.warnings: dict[tuple[str, str], Refusal] = {}
+        #: new global functions and variables of one unit that another unit refers to
+        self.shared: dict[str, tuple[int, str]] = {}
+
+    def run(self) -> Assembled:
+        for number, unit in enumerate(self.units):
+            self._place_parts(number, unit)
+        for number, unit in enumerate(self.units):
+            for key in unit.selection.included:
+                self._fill_part(number, unit, key)
+            self._fill_special(number, unit)
+        if self.refusals:
+            raise Refused(self.refusals)
+        patch = self._descriptors()
+        self._glue(patch)
+        self._information()
+        self._versions()
+        sections = [out.finish() for out in self.out.values() if out.size]
+        data = write(sections, [o.symbol for o in self.out.values() if o.size] + self.symbols)
+        return Assembled(data, tuple(self.warnings.values()))
+
+    # -- sections and symbols ------------------------------------------------
+
+    def _section(self, name: str, kind: int, flags: int, align: int = 1, entry_size: int = 0) -> _Out:
+        out = self.out.get(name)
+        if out is None:
+            out = self.out[name] = _Out(name, kind, flags, align, entry_size)
+        elif out.flags != flags:
+            out.flags |= flags
+            out.section.flags |= flags
+        if kind != SHT_NOBITS and out.type == SHT_NOBITS:
+            raise Failed(f"section {name} would be both empty and filled", rule="internal")
+        return out
+
+    def _symbol(self, name: str, section: OutSection | int, **more: int) -> OutSymbol:
+        symbol = OutSymbol(name, section, **more)
+        self.symbols.append(symbol)
+        return symbol
+
+    def _reach(self, resolution: Resolution) -> tuple[OutSymbol, str | None]:
+        """The output symbol of something outside, and the object of its livepatch relocation."""
+        match resolution:
+            case Exported(name, crc, namespace):
+                self.crcs[name] = crc
+                if namespace:
+                    self.namespaces.add(namespace)
+                return self._undefined(name), None
+            case Livepatched():
+                symbol = self.livepatched.get(resolution)
+                if symbol is None:
+                    symbol = self._symbol(resolution.symbol, SHN_LIVEPATCH, bind=STB_GLOBAL)
+                    self.livepatched[resolution] = symbol
+                return symbol, resolution.obj
+
+    def _undefined(self, name: str) -> OutSymbol:
+        symbol = self.undefined.get(name)
+        if symbol is None:
+            symbol = self.undefined[name] = self._symbol(name, SHN_UNDEF, bind=STB_GLOBAL)
+        return symbol
+
+    # -- functions and variables -----------------------------------------------
+
+    def _place_parts(self, number: int, unit: UnitPatch) -> None:
+        new = unit.selection.diff.new
+        for key in unit.selection.included:
+            part = new.parts[key]
+            section = new.section_of(part)
+            name = section_class(new, part)
+            if part.kind is PartKind.FUNCTION:
+                name = ".text.unlikely" if ".cold" in part.name or "unlikely" in section.name else ".text"
+            elif name.startswith(".rodata"):
+                name = ".rodata"
+            if section.type == SHT_NOBITS and name in self.out and self.out[name].type != SHT_NOBITS:
+                name = ".bss"
+            out = self._section(
+                name,
+                section.type if section.type == SHT_NOBITS else SHT_PROGBITS,
+                section.flags & (SHF_ALLOC | SHF_WRITE | SHF_EXECINSTR),
+            )
+            at = out.add(new.code(part), 16 if part.kind is PartKind.FUNCTION else section.align)
+            symbol = self._symbol(
+                part.name,
+                out.section,
+                value=at,
+                size=part.size,
+                type=STT_FUNC if part.kind is PartKind.FUNCTION else STT_OBJECT,
+                bind=STB_LOCAL,
+            )
+            self.parts[number, key] = (out, symbol)
+            if not part.local and key not in unit.selection.diff.twins.original:
+                self.shared[part.name] = (number, key)
+
+    def _fill_part(self, number: int, unit: UnitPatch, key: str) -> None:
+        linker = Linker(unit.selection.diff)
+        new = unit.selection.diff.new
+        part = new.parts[key]
+        out, symbol = self.parts[number, key]
+        section = new.section_of(part)
+        for reloc in new.relocs(part):
+            link = linker.of_code(part, section, reloc)
+            at = symbol.value + reloc.offset - part.start
+            self._relocate(number, unit, out, at, reloc, link, part, section)
+
+    def _relocate(
+        self,
+        number: int,
+        unit: UnitPatch,
+        out: _Out,
+        at: int,
+        reloc: Reloc,
+        link: Link,
+        part: Part,
+        section: Section,
+    ) -> None:
+        new = unit.selection.diff.new
+        obj: str | None = None
+        addend = link.ref.addend
+        match link.kind:
+            case LinkKind.LOCAL:
+                symbol = self.parts[number, link.name][1]
+            case LinkKind.OUTER:
+                symbol, obj = self._reach(unit.outer[link.name])
+            case LinkKind.EXTERN:
+                if link.name in self.shared:
+                    symbol = self.parts[self.shared[link.name]][1]
+                else:
+                    symbol, obj = self._reach(unit.externs[link.name])
+            case LinkKind.STRING | LinkKind.CONST:
+                symbol, place = self._literal(link)
+                addend = place - new.tail(section, reloc)
+            case LinkKind.SATELLITE:
+                start, end = unit.selection.diff.new_special.aux_block(link.ref.addend)
+                place = self._satellite(number, unit, part, link.ref.section, start, end - start)
+                symbol = self.out[link.name].symbol
+                addend = place - new.tail(section, reloc)
+        row = OutReloc(at, reloc.type, symbol, addend)
+        (out.plain if obj is None else out.klp.setdefault(obj, [])).append(row)
+
+    def _literal(self, link: Link) -> tuple[OutSymbol, int]:
+        """Where a string or constant of the module lies: section symbol and offset."""
+        constant = link.kind is LinkKind.CONST
+        out = self._section(".rodata.cst" if constant else ".rodata.str", SHT_PROGBITS, SHF_ALLOC)
+        content = link.ref.content
+        inside = link.ref.addend % len(content) if constant else 0
+        key = (b"c" if constant else b"s") + content
+        if key not in self.strings:
+            self.strings[key] = out.add(content, len(content) if constant else 1)
+        return out.symbol, self.strings[key] + inside
+
+    def _satellite(
+        self, number: int, unit: UnitPatch, owner: Part, index: int, start: int, length: int
+    ) -> int:
+        """Carry replacement code over; returns its offset in the output section of the same name."""
+        new = unit.selection.diff.new
+        section = new.elf.sections[index]
+        key = (number, index, start)
+        if key in self.satellites:
+            return self.satellites[key]
+        out = self._section(section.name, SHT_PROGBITS, SHF_ALLOC | SHF_EXECINSTR)
+        at = self.satellites[key] = out.add(section.data[start : start + length], 1)
+        linker = Linker(unit.selection.diff)
+        for reloc in slice_relocs(section.relocs, start, start + length):
+            link = linker.of_satellite(owner, section, reloc)
+            if section.name == ".altinstr_replacement" and self._is_late(unit, link):
+                self._refuse_late("late-module-alternative", owner, link)
+                continue
+            self._relocate(number, unit, out, at + reloc.offset - start, reloc, link, owner, section)
+        return at
+
+    # -- special sections ----------------------------------------------------------
+
+    def _is_late(self, unit: UnitPatch, link: Link) -> bool:
+        """Whether the link leads to a symbol of a module, which may be loaded after us."""
+        resolution: Resolution | None = None
+        if link.kind is LinkKind.OUTER:
+            resolution = unit.outer[link.name]
+        elif link.kind is LinkKind.EXTERN and link.name not in self.shared:
+            resolution = unit.externs[link.name]
+        return isinstance(resolution, Livepatched) and resolution.obj != VMLINUX
+
+    def _refuse_late(self, rule: str, owner: Part, link: Link) -> None:
+        self.refusals.append(
+            Refusal(
+                rule,
+                owner.name,
+                f"its code is prepared while the patch is loaded, with {link.name}, which belongs to a "
+                "module that may be loaded later",
+                "leave the change to the next reboot, or take the static key out of the changed function",
+            )
+        )
+
+    def _fill_special(self, number: int, unit: UnitPatch) -> None:
+        diff = unit.selection.diff
+        new = diff.new
+        for name in TABLE:
+            for key in unit.selection.included:
+                for entry in diff.new_special.entries(key, name):
+                    self._entry(number, unit, new, name, entry)
+
+    def _entry(self, number: int, unit: UnitPatch, new: UnitObject, name: str, entry: Entry) -> None:
+        linker = Linker(unit.selection.diff)
+        owner = new.parts[entry.owner]
+        source = new.elf.sections[entry.section]
+        links = [(reloc, linker.of_entry(entry, reloc)) for reloc in entry.relocs]
+        if name in _EARLY and self._late_entry(unit, owner, name, links):
+            return
+        out = self._section(name, SHT_PROGBITS, source.flags & (SHF_ALLOC | SHF_WRITE), source.align)
+        at = out.add(entry.data, 1)
+        if name == ORC_IP:
+            orc = new.elf.section(ORC)
+            if orc is None:
+                raise Failed(f"{new.name} has no {ORC}", rule="internal")
+            self._section(ORC, SHT_PROGBITS, orc.flags & (SHF_ALLOC | SHF_WRITE), orc.align).add(entry.orc, 1)
+        for place, (reloc, link) in enumerate(links):
+            if name == ".altinstructions" and place == 1:
+                spot = unit.selection.diff.new_special.replacement(entry)
+                offset = 0
+                if spot is not None:
+                    offset = self._satellite(number, unit, owner, *spot)
+                body = self._section(".altinstr_replacement", SHT_PROGBITS, SHF_ALLOC | SHF_EXECINSTR)
+                out.plain.append(OutReloc(at + reloc.offset, reloc.type, body.symbol, offset))
+                continue
+            self._relocate(number, unit, out, at + reloc.offset, reloc, link, owner, source)
+
+    def _late_entry(self, unit: UnitPatch, owner: Part, name: str, links: list[tuple[Reloc, Link]]) -> bool:
+        """Whether the entry is left out because it would need a module that may come later."""
+        late = [link for _, link in links[1:] if self._is_late(unit, link)]
+        if not late:
+            return False
+        key = late[0].name
+        if name == ".static_call_sites":
+            # The call goes through the module's own trampoline, which static_call_update() keeps right.
+            return True
+        if name == "__jump_table" and key.startswith("__tracepoint_"):
+            self.warnings.setdefault(
+                ("tracepoint-silent", key),
+                Refusal(
+                    "tracepoint-silent",
+                    f"{key.removeprefix('__tracepoint_')} in {owner.name}",
+                    f"the tracepoint belongs to {unit.owner}, which may be loaded after the patch; it stays "
+                    "off inside the replaced function",
+                    "trace another function if you need the event while the patch is loaded",
+                ),
+            )
+            return True
+        self._refuse_late(
+            "late-module-key" if name == "__jump_table" else "late-module-alternative", owner, late[0]
+        )
+        return True
+
+    # -- descriptors ------------------------------------------------------------------
+
+    def _text(self, text: str) -> int:
+        out = self._section(".rodata.str", SHT_PROGBITS, SHF_ALLOC)
+        content = text.encode() + b"\0"
+        key = b"s" + content
+        if key not in self.strings:
+            self.strings[key] = out.add(content, 1)
+        return self.strings[key]
+
+    def _descriptors(self) -> OutSymbol:
+        """``struct klp_patch`` with its objects and functions; ends of arrays are zero entries.
+
+        include/linux/livepatch.h; klp_for_each_object_static() stops where funcs and name are NULL,
+        klp_for_each_func_static() where old_name, new_func and old_sympos are.
+        """
+        lay = self.layout
+        texts = self._section(".rodata.str", SHT_PROGBITS, SHF_ALLOC).symbol
+        data = self._section(".data", SHT_PROGBITS, SHF_ALLOC | SHF_WRITE)
+        objects: dict[str, list[tuple[str, int, OutSymbol]]] = {}
+        for number, unit in enumerate(self.units):
+            for row in unit.selection.changed:
+                part = unit.selection.diff.old.parts[row.original]
+                replacement = self.parts[number, row.key][1]
+                objects.setdefault(unit.owner, []).append((part.name, unit.sympos[row.original], replacement))
+        names = sorted(objects, key=lambda n: (n != VMLINUX, n))
+        base = data.add(bytes(lay.object_size * (len(names) + 1)), 8)
+        for index, name in enumerate(names):
+            row_at = base + index * lay.object_size
+            if name != VMLINUX:
+                data.plain.append(OutReloc(row_at + lay.object_name, R_64, texts, self._text(name)))
+            functions = objects[name]
+            table = bytearray(lay.func_size * (len(functions) + 1))
+            for k, (_, sympos, _) in enumerate(functions):
+                at = k * lay.func_size + lay.func_old_sympos
+                table[at : at + 8] = sympos.to_bytes(8, "little")
+            start = data.add(bytes(table), 8)
+            data.plain.append(OutReloc(row_at + lay.object_funcs, R_64, data.symbol, start))
+            for k, (old_name, _, replacement) in enumerate(functions):
+                at = start + k * lay.func_size
+                data.plain.append(OutReloc(at + lay.func_old_name, R_64, texts, self._text(old_name)))
+                data.plain.append(OutReloc(at + lay.func_new_func, R_64, replacement, 0))
+        patch = bytearray(lay.patch_size)
+        patch[lay.patch_replace] = self.spec.replace
+        at = data.add(bytes(patch), 8)
+        data.plain.append(OutReloc(at + lay.patch_objs, R_64, data.symbol, base))
+        self.patch_at = at
+        return self._symbol("kmend_patch", data.section, value=at, size=lay.patch_size, type=STT_OBJECT)
+
+    # -- the common part -----------------------------------------------------------------
+
+    def _glue(self, patch: OutSymbol) -> None:
+        """Append every loaded section of the glue, and its symbols."""
+        where: dict[int, tuple[_Out, int]] = {}
+        for section in self.glue.sections:
+            if not section.alloc or not section.size or section.name.startswith((".discard", ".note")):
+                continue
+            if section.name in (".modinfo", "__versions", LAYOUT_SECTION) or section.type not in (
+                SHT_PROGBITS,
+                SHT_NOBITS,
+            ):
+                continue
+            flags = section.flags & (SHF_ALLOC | SHF_WRITE | SHF_EXECINSTR)
+            out = self._section(section.name, section.type, flags, section.align)
+            data = section.data if section.type == SHT_PROGBITS else bytes(section.size)
+            if section.name == ".gnu.linkonce.this_module":
+                data = self._named(data)
+            # A table goes on without a gap: its entries are no multiple of its alignment.
+            table = section.name in TABLE or section.name == ORC
+            where[section.index] = (out, out.add(data, 1 if table else section.align))
+        symbols: dict[int, OutSymbol] = {0: OutSymbol("", SHN_UNDEF)}
+        for symbol in self.glue.symbols[1:]:
+            if symbol.section == SHN_UNDEF and symbol.name:
+                symbols[symbol.index] = (
+                    patch if symbol.name == "kmend_patch" else self._undefined(symbol.name)
+                )
+            elif symbol.section in where and symbol.type != STT_SECTION:
+                out, at = where[symbol.section]
+                symbols[symbol.index] = self._symbol(
+                    symbol.name,
+                    out.section,
+                    value=at + symbol.value,
+                    size=symbol.size,
+                    type=symbol.type,
+                    bind=symbol.bind,
+                )
+        for index, (out, at) in where.items():
+            for reloc in self.glue.sections[index].relocs:
+                symbol = self.glue.symbols[reloc.symbol]
+                if symbol.type == STT_SECTION:
+                    if symbol.section not in where:
+                        raise Failed(f"the glue refers to {symbol.name}", rule="internal")
+                    target, base = where[symbol.section]
+                    row = OutReloc(at + reloc.offset, reloc.type, target.symbol, base + reloc.addend)
+                else:
+                    row = OutReloc(at + reloc.offset, reloc.type, symbols[symbol.index], reloc.addend)
+                out.plain.append(row)
+        module = next((s for s in self.symbols if s.name == "__this_module"), None)
+        if module is None:
+            raise Failed("the glue has no __this_module", rule="internal")
+        descriptors = self.out[".data"]
+        descriptors.plain.append(OutReloc(self.patch_at + self.layout.patch_mod, R_64, module, 0))
+
+    def _named(self, data: bytes) -> bytes:
+        """``struct module`` with our name in it."""
+        lay = self.layout
+        name = self.spec.name.encode()
+        if len(name) >= lay.module_name_len:
+            raise Failed(f"the module name {self.spec.name} is too long", rule="module-name")
+        out = bytearray(data)
+        out[lay.module_name : lay.module_name + lay.module_name_len] = name.ljust(lay.module_name_len, b"\0")
+        return bytes(out)
+
+    def _information(self) -> None:
+        rows = [("name", self.spec.name), ("livepatch", "Y"), ("license", "GPL"), ("depends", "")]
+        rows += [(key, value) for key, value in modinfo(self.glue) if key in ("vermagic", "retpoline")]
+        rows += [("import_ns", namespace) for namespace in sorted(self.namespaces)]
+        rows += list(self.spec.info)
+        info = self._section(".modinfo", SHT_PROGBITS, SHF_ALLOC)
+        for key, value in rows:
+            info.add(f"{key}={value}".encode() + b"\0", 1)
+        if self.spec.note:
+            # struct elf_note: three words, then name and descriptor, each padded to 4 bytes.
+            name = b"kmend\0"
+            body = self.spec.note
+            head = b"".join(n.to_bytes(4, "little") for n in (len(name), len(body), 1))
+            data = head + name + bytes(-len(name) % 4) + body + bytes(-len(body) % 4)
+            self._section(".note.kmend", SHT_NOTE, SHF_ALLOC, 4).add(data, 4)
+
+    def _versions(self) -> None:
+        """``__versions``: the CRC of every exported symbol used (kernel/module/version.c)."""
+        missing = sorted(name for name in self.undefined if name not in self.crcs)
+        if missing:
+            raise Failed(
+                f"no CRC for {', '.join(missing)}",
+                why="the target's Module.symvers lacks it",
+                rule="internal",
+            )
+        out = self._section("__versions", SHT_PROGBITS, SHF_ALLOC, 32)
+        lay = self.layout
+        for name in sorted({"module_layout", *self.undefined}):
+            row = bytearray(lay.version_size)
+            row[0:8] = self.crcs[name].to_bytes(8, "little")
+            text = name.encode()
+            if len(text) >= lay.version_size - lay.version_name:
+                raise Failed(f"the symbol name {name} is too long for __versions", rule="internal")
+            row[lay.version_name : lay.version_name + len(text)] = text
+            out.add(bytes(row), 1)

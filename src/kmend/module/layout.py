@@ -1,0 +1,81 @@
+"""How the target lays out the structures that a module is made of: read from compiled code, never assumed."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, fields
+from importlib import resources
+
+from kmend.core.errors import Failed
+from kmend.elf.model import ElfFile
+
+SECTION = ".kmend.layout"
+
+
+def glue_source() -> str:
+    """The C text that, compiled for a target, gives the common part of its modules and their layout."""
+    return resources.files("kmend.module").joinpath("glue.c").read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes and offsets in bytes, in the order of ``kmend_layout[]`` in ``glue.c``."""
+
+    patch_size: int
+    patch_mod: int
+    patch_objs: int
+    patch_replace: int
+    object_size: int
+    object_name: int
+    object_funcs: int
+    func_size: int
+    func_old_name: int
+    func_new_func: int
+    func_old_sympos: int
+    module_size: int
+    module_name: int
+    module_name_len: int
+    version_size: int
+    version_name: int
+    ex_table: int
+    bug_table: int
+    alt_instr: int
+    jump_table: int
+    static_call_site: int
+    orc_entry: int
+
+    def special_sizes(self) -> dict[str, int]:
+        """Entry sizes of the special sections that the target decides."""
+        return {
+            "__ex_table": self.ex_table,
+            "__bug_table": self.bug_table,
+            ".altinstructions": self.alt_instr,
+            "__jump_table": self.jump_table,
+            ".static_call_sites": self.static_call_site,
+        }
+
+
+def read_layout(glue: ElfFile) -> Layout:
+    """The layout out of the compiled glue.
+
+    Raises:
+        Failed: (rule ``layout``) the object is not the glue's.
+    """
+    section = glue.section(SECTION)
+    count = len(fields(Layout))
+    if section is None or len(section.data) != 4 * count:
+        raise Failed("the compiled glue has no layout table", rule="layout")
+    return Layout(*struct.unpack(f"<{count}I", section.data))
+
+
+def modinfo(elf: ElfFile) -> list[tuple[str, str]]:
+    """The ``key=value`` strings of ``.modinfo``, in order."""
+    section = elf.section(".modinfo")
+    if section is None:
+        return []
+    rows = []
+    for text in section.data.split(b"\0"):
+        key, mark, value = text.decode(errors="replace").partition("=")
+        if mark:
+            rows.append((key, value))
+    return rows
