@@ -1,0 +1,269 @@
+"""The bootable image: the vmlinux inside a bzImage, its GNU build id and its banner.
+
+A bzImage is a boot sector, set-up code and a compressed vmlinux. Where the compressed part lies is
+said by the set-up header (Documentation/x86/boot.rst, ``payload_offset`` and ``payload_length``,
+boot protocol 2.08); images without it are searched for the magic numbers that the kernel's own
+scripts/extract-vmlinux knows.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import mmap
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kmend.core.errors import Failed
+
+ELF_MAGIC = b"\x7fELF"
+PT_NOTE = 4
+NT_GNU_BUILD_ID = 3
+#: The kernel's lz4 images are in the legacy frame format: a magic, then blocks that unpack to 8 MiB each.
+LZ4_BLOCK = 8 << 20
+
+Bytes = bytes | mmap.mmap
+
+
+def _xz(data: bytes) -> bytes:
+    # scripts/xz_wrap.sh appends the unpacked size after the stream: bytes past its end are no error
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(data)
+
+
+def _lzma(data: bytes) -> bytes:
+    return lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(data)
+
+
+def _gzip(data: bytes) -> bytes:
+    return zlib.decompressobj(wbits=31).decompress(data)
+
+
+def _bzip2(data: bytes) -> bytes:
+    return bz2.BZ2Decompressor().decompress(data)
+
+
+def _zstd(data: bytes) -> bytes:
+    import zstandard  # noqa: PLC0415 - only kernels of newer lines need it
+
+    try:
+        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+
+def _lz4(data: bytes) -> bytes:
+    import lz4.block  # noqa: PLC0415 - hardly any kernel needs it
+
+    out, at = [], 4
+    while at + 4 <= len(data):
+        (size,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if size == 0 or at + size > len(data):
+            break  # the unpacked size that the build appends
+        try:
+            block: bytes = lz4.block.decompress(data[at : at + size], uncompressed_size=LZ4_BLOCK)
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(str(error)) from error
+        out.append(block)
+        at += size
+    return b"".join(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A way in which the kernel's build packs vmlinux: its name, its first bytes, its decoder."""
+
+    name: str
+    magic: bytes
+    unpack: Callable[[bytes], bytes]
+
+
+#: As in scripts/extract-vmlinux; LZO is left out because no Debian kernel was ever packed with it.
+PACKINGS = (
+    Packing("gzip", b"\x1f\x8b\x08", _gzip),
+    Packing("xz", b"\xfd7zXZ\x00", _xz),
+    Packing("bzip2", b"BZh", _bzip2),
+    Packing("lzma", b"\x5d\x00\x00\x00", _lzma),
+    Packing("lz4", b"\x02\x21\x4c\x18", _lz4),
+    Packing("zstd", b"\x28\xb5\x2f\xfd", _zstd),
+)
+
+_UNPACK_ERRORS = (ValueError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+def _declared_payload(image: bytes) -> tuple[int, int] | None:
+    """Offset and length of the packed vmlinux as the set-up header states them."""
+    if len(image) < 0x250 or image[0x202:0x206] != b"HdrS":
+        return None
+    (protocol,) = struct.unpack_from("<H", image, 0x206)
+    if protocol < 0x0208:
+        return None
+    sectors = image[0x1F1] or 4  # boot.rst: 0 means 4
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (sectors + 1) * 512 + offset
+    return (start, length) if length and start + length <= len(image) else None
+
+
+def _candidates(image: bytes) -> Iterator[tuple[Packing, bytes]]:
+    if payload := _declared_payload(image):
+        start, length = payload
+        for packing in PACKINGS:
+            if image.startswith(packing.magic, start):
+                yield packing, image[start : start + length]
+    for packing in PACKINGS:
+        at = image.find(packing.magic)
+        while at >= 0:
+            yield packing, image[at:]
+            at = image.find(packing.magic, at + 1)
+
+
+def extract_vmlinux(image: bytes) -> bytes:
+    """The ELF file inside a bzImage; an image that is ELF already is returned as it is.
+
+    What follows the ELF file in the packed part (the table of KASLR relocations, ``vmlinux.relocs``)
+    is kept, as scripts/extract-vmlinux keeps it.
+
+    Raises:
+        Failed: rule ``no-vmlinux``: nothing in the image unpacks to an ELF file.
+    """
+    if image.startswith(ELF_MAGIC):
+        return image
+    for packing, packed in _candidates(image):
+        try:
+            vmlinux = packing.unpack(packed)
+        except _UNPACK_ERRORS:
+            continue
+        if vmlinux.startswith(ELF_MAGIC):
+            return vmlinux
+    raise Failed(
+        "no vmlinux was found in the kernel image",
+        why=f"nothing in its {len(image)} bytes unpacks to an ELF file "
+        f"(tried {', '.join(p.name for p in PACKINGS)})",
+        next_step="name the uncompressed vmlinux with --vmlinux",
+        rule="no-vmlinux",
+    )
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[Bytes]:
+    """The bytes of a file without holding them all in memory (a vmlinux with debug data has 500 MB).
+
+    Raises:
+        Failed: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                yield b""
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield data
+    except OSError as error:
+        raise Failed(f"{path} cannot be read", why=error.strerror or str(error), rule="unreadable") from error
+
+
+def read_build_id(vmlinux: Bytes) -> str:
+    """The GNU build id in hexadecimal, from the notes that a program header names.
+
+    Raises:
+        Failed: rule ``not-elf`` (no 64-bit little-endian ELF file, or cut short), ``no-build-id``.
+    """
+    if len(vmlinux) < 64 or vmlinux[:6] != ELF_MAGIC + b"\x02\x01":
+        raise Failed(
+            "the vmlinux is no 64-bit ELF file", why=f"it starts with {vmlinux[:8]!r}", rule="not-elf"
+        )
+    (phoff,) = struct.unpack_from("<Q", vmlinux, 32)
+    phentsize, phnum = struct.unpack_from("<HH", vmlinux, 54)
+    for index in range(phnum):
+        at = phoff + index * phentsize
+        if at + 56 > len(vmlinux):
+            raise Failed(
+                "the vmlinux is cut short", why="its program headers lie beyond its end", rule="not-elf"
+            )
+        kind, _flags, offset, _va, _pa, size = struct.unpack_from("<IIQQQQ", vmlinux, at)
+        if kind == PT_NOTE and (found := _build_id_note(vmlinux[offset : offset + size])):
+            return found
+    raise Failed(
+        "the vmlinux has no build id",
+        why="none of its notes is a GNU build id",
+        next_step="link the kernel with --build-id (the kernel's own default)",
+        rule="no-build-id",
+    )
+
+
+def _build_id_note(notes: bytes) -> str | None:
+    at = 0
+    while at + 12 <= len(notes):
+        name_size, size, kind = struct.unpack_from("<III", notes, at)
+        name = notes[at + 12 : at + 12 + name_size]
+        start = at + 12 + ((name_size + 3) & ~3)
+        if kind == NT_GNU_BUILD_ID and name == b"GNU\0" and 0 < size <= len(notes) - start:
+            return notes[start : start + size].hex()
+        at = start + ((size + 3) & ~3)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Banner:
+    """``linux_banner`` taken apart (init/version-timestamp.c, scripts/mkcompile_h).
+
+    ``Linux version RELEASE (USER@HOST) (COMPILER, LINKER) VERSION``; ``version`` is ``uname -v``.
+    """
+
+    text: str
+    release: str
+    user: str
+    host: str
+    compiler: str
+    linker: str
+    version: str
+
+    @property
+    def timestamp(self) -> str:
+        """What the build was given as KBUILD_BUILD_TIMESTAMP: the version without number and flags."""
+        return _FLAGS.sub("", self.version)
+
+    @property
+    def number(self) -> str:
+        """KBUILD_BUILD_VERSION: ``1`` of ``#1``."""
+        return self.version[1:].split(" ", 1)[0]
+
+
+_BANNER = re.compile(
+    rb"Linux version (?P<release>[0-9][^ \0\n]*) \((?P<user>[^@)\0\n]*)@(?P<host>[^)\0\n]*)\) "
+    rb"\((?P<tools>[^\0\n]*?)\) (?P<version>#[0-9][^\0\n]*)\n\0"
+)
+#: scripts/mkcompile_h / init/Makefile put these between the number and the timestamp.
+_FLAGS = re.compile(r"^#\S+ (?:(?:SMP|PREEMPT|PREEMPT_DYNAMIC|PREEMPT_RT) )*")
+
+
+def read_banner(vmlinux: Bytes) -> Banner:
+    """The kernel's ``linux_banner``.
+
+    Raises:
+        Failed: rule ``no-banner``: there is none, or two that differ.
+    """
+    found = {match.group(0): match for match in _BANNER.finditer(vmlinux)}
+    if len(found) != 1:
+        raise Failed(
+            "the vmlinux does not say which kernel it is",
+            why="no banner (Linux version …) was found in it" if not found else "it has several banners",
+            next_step="name the vmlinux of a whole, linked kernel",
+            rule="no-banner",
+        )
+    (match,) = found.values()
+    compiler, _, linker = match["tools"].decode(errors="replace").rpartition(", ")
+    return Banner(
+        text=match.group(0)[:-2].decode(errors="replace"),
+        release=match["release"].decode(errors="replace"),
+        user=match["user"].decode(errors="replace"),
+        host=match["host"].decode(errors="replace"),
+        compiler=compiler,
+        linker=linker,
+        version=match["version"].decode(errors="replace"),
+    )

@@ -1,0 +1,102 @@
+"""One piece of work on the cache: the lock that it holds, its children, and who is told of its progress.
+
+Preparing a kernel runs several children in two threads. All of them are started through one
+:class:`Work`, so that they share kmend's lock (a child that outlives a killed kmend keeps the next
+run waiting instead of writing beside it) and can be ended together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kmend.core.errors import Failed, KmendError
+from kmend.core.progress import Progress, Silent
+from kmend.core.run import Children, Result, run
+
+#: What tools say when the disk is full (libc's text of ENOSPC and EDQUOT; children run in the C locale).
+FULL = re.compile(r"No space left on device|Disk quota exceeded|not enough free space", re.IGNORECASE)
+
+
+class Shared:
+    """A Progress that several threads may use at once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self.text = ""  # the present step
+
+    def step(self, text: str) -> None:
+        with self._lock:
+            self.text = text
+            self._progress.step(text)
+
+    def amount(self, done: int, total: int) -> None:
+        with self._lock:
+            self._progress.amount(done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How children are started. ``lock`` is the descriptor of the held lock, or None."""
+
+    progress: Progress = field(default_factory=Silent)
+    lock: int | None = None
+    jobs: int = 1
+    children: Children = field(default_factory=Children)
+
+    def run(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 3600.0,
+        check: bool = True,
+    ) -> Result:
+        """As :func:`kmend.core.run.run`, with our lock and among our children.
+
+        Raises:
+            Unable: the program does not exist.
+            Failed: it failed; rule ``disk-full`` when that is what it complained about.
+        """
+        try:
+            result = run(
+                argv,
+                cwd=cwd,
+                env=env,
+                timeout=timeout,
+                check=check,
+                pass_fds=() if self.lock is None else (self.lock,),
+                children=self.children,
+            )
+        except Failed as error:
+            if full := as_disk_full(error):
+                raise full from error
+            raise
+        return result
+
+    def shell(self, script: str, *arguments: str | os.PathLike[str], timeout: float = 3600.0) -> Result:
+        """Run a pipeline; ``$1`` … are the arguments. A failure of any member of it fails the whole."""
+        return self.run(["bash", "-c", f"set -o pipefail; {script}", "kmend", *arguments], timeout=timeout)
+
+
+def as_disk_full(error: KmendError) -> Failed | None:
+    """The error as ``disk-full`` when its text says that the disk was full, else None."""
+    if error.rule == "disk-full" or not FULL.search(f"{error.what}\n{error.why}"):
+        return None
+    return disk_full(error.why.strip().splitlines()[-1] if error.why.strip() else error.what)
+
+
+def disk_full(why: str) -> Failed:
+    """The error for a full disk, with the one advice that there is."""
+    return Failed(
+        "the disk that holds kmend's cache is full",
+        why=why,
+        next_step="free some 3 GB there, or name a cache on another disk: KMEND_CACHE=DIR",
+        rule="disk-full",
+    )
