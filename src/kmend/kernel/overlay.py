@@ -20,9 +20,10 @@ def make_overlay(
     """Make ``folder`` look like ``source`` with ``files`` replaced (None: absent) and return it.
 
     ``also`` names further files whose folders are made real ones: the sources of all units
-    that are going to be compiled, as they are spelled on gcc's command line. ``..`` in an ``#include`` is resolved by the kernel, which
-    follows links first: seen from a linked folder it would lead back into ``source`` and to
-    the unchanged file. :func:`read_behind` checks afterwards that this did not happen.
+    that are going to be compiled, as they are spelled on gcc's command line. The kernel
+    resolves ``..`` in an ``#include`` after it has followed links: seen from a linked folder it
+    would lead back into ``source`` and to the unchanged file. :func:`read_behind` checks
+    afterwards that this did not happen.
 
     Raises:
         Failed: ``overlay``: the folder exists and is not empty, or cannot be written (nothing is left of it).
