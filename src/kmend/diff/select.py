@@ -218,7 +218,8 @@ class _Selector:
             self._replaceable(row)
         self._data_rules()
         self._section_rules()
-        included, outer, externs = self._closure([*diff.changed, *self.roots])
+        living = [key for key in diff.changed if not is_init(new.section_of(new.parts[key]))]
+        included, outer, externs = self._closure([*living, *self.roots])
         order = [key for key in new.parts if key in included]
         new_functions = tuple(
             key

@@ -198,7 +198,7 @@ class Prover:
     def _all_places(self, name: str) -> list[int]:
         """Every symbol of the name that the kernel would count, in its order."""
         if isinstance(self.binary, ModuleBinary):
-            return _module_places(self.binary.module, name)
+            return module_places(self.binary.module, name)
         return [s.address for s in self.world.symbols.named(name)]
 
     def _ambiguous(self, name: str, count: int) -> None:
@@ -252,9 +252,9 @@ class Prover:
     def _extern(self, name: str) -> None:
         """A symbol of another unit."""
         if isinstance(self.binary, ModuleBinary):
-            own = _module_places(self.binary.module, name, only_global=True)
+            own = module_places(self.binary.module, name, only_global=True)
             if own:
-                everyone = _module_places(self.binary.module, name)
+                everyone = module_places(self.binary.module, name)
                 position = 0 if len(everyone) == 1 else everyone.index(own[0]) + 1
                 self.proof.externs[name] = Livepatched(self.owner, name, position)
                 return
@@ -276,8 +276,8 @@ class Prover:
                 f"load {provider} by other means and leave the change to the next reboot",
             )
             return
-        places = _module_places(self.world.module(provider), name)
-        exported = _module_places(self.world.module(provider), name, only_global=True)
+        places = module_places(self.world.module(provider), name)
+        exported = module_places(self.world.module(provider), name, only_global=True)
         if len(exported) != 1:
             self._missing(name)
             return
@@ -297,7 +297,7 @@ class Prover:
             self._ambiguous(name, len(rows))
 
 
-def _module_places(module: UnitObject, name: str, *, only_global: bool = False) -> list[int]:
+def module_places(module: UnitObject, name: str, *, only_global: bool = False) -> list[int]:
     """Indices of a module's symbols of that name which its kallsyms keep, in order.
 
     kernel/module/kallsyms.c, is_core_symbol: defined in a loaded section outside of init. While the module

@@ -1,0 +1,106 @@
+"""``kmend build``: patch files to a livepatch module and its report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from kmend.cli.context import Context
+from kmend.cli.files import read_file
+from kmend.core.errors import UsageError
+from kmend.core.report import Outcome
+from kmend.core.target import Release
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``build``."""
+    parser.add_argument("patch", nargs="+", help="patch file, or a quilt series file; - is standard input")
+    parser.add_argument(
+        "--kernel", metavar="RELEASE", help="the kernel to build for (default: the running one)"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", default=".", help="where NAME.ko and NAME.json go")
+    parser.add_argument("-n", "--name", help="the module's name (default: from the first patch file)")
+    parser.add_argument(
+        "--no-replace",
+        action="store_true",
+        help="leave older livepatches in force (default: replace them)",
+    )
+    parser.add_argument(
+        "--fuzz", type=_number, default=0, metavar="N", help="ignore up to N context lines (default: none)"
+    )
+    parser.add_argument(
+        "-p", "--strip", type=_number, metavar="N", help="leading folders to take off the names in the patch"
+    )
+    parser.add_argument("--sign-key", metavar="FILE", help="private key (PEM or PKCS#11 URI) to sign with")
+    parser.add_argument("--sign-cert", metavar="FILE", help="its X.509 certificate")
+
+
+def _number(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Build; exit status 0 for built and nothing changed, 1 for refused and failed."""
+    from kmend.pipeline import BuildRequest, build
+    from kmend.report.build import to_document, to_text
+
+    if bool(args.sign_key) != bool(args.sign_cert):
+        raise UsageError(
+            "--sign-key and --sign-cert belong together",
+            why="the kernel looks for the certificate's key id in a signature",
+            next_step="give both",
+            rule="usage",
+        )
+    output = Path(args.output)
+    if not output.is_dir() or not os.access(output, os.W_OK):
+        raise UsageError(
+            f"{output} is no folder that can be written",
+            why="the module and its report go there",
+            next_step="make it, or name another one with -o",
+            rule="unwritable",
+        )
+    request = BuildRequest(
+        patches=read_patches(args.patch),
+        release=Release(args.kernel or os.uname().release),
+        output=output,
+        name=args.name,
+        replace=not args.no_replace,
+        fuzz=args.fuzz,
+        strip=args.strip,
+        sign_key=Path(args.sign_key) if args.sign_key else None,
+        sign_cert=Path(args.sign_cert) if args.sign_cert else None,
+    )
+    report = build(request, context.config, context.progress)
+    context.emit(to_document(report))
+    context.say(to_text(report))
+    return 0 if report.result in (Outcome.BUILT, Outcome.NOTHING_CHANGED) else 1
+
+
+def read_patches(names: list[str]) -> tuple[tuple[str, bytes], ...]:
+    """The contents of the patch files; a quilt ``series`` file stands for the files it lists.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    from kmend.patch.intake import read_series
+
+    out: list[tuple[str, bytes]] = []
+    for name in names:
+        path = Path(name)
+        if name != "-" and path.name == "series":
+            for entry in read_series(_read(path).decode(errors="replace")):
+                member = path.parent / entry.name
+                out.append((str(member), _read(member)))
+        else:
+            out.append((name, _read(path)))
+    return tuple(out)
+
+
+def _read(path: Path) -> bytes:
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
+    return read_file(str(path), "a patch file")

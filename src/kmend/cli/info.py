@@ -1,0 +1,63 @@
+"""``kmend info``: what a built module holds."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+
+from kmend.cli.context import Context
+from kmend.cli.files import read_file
+from kmend.core.errors import KmendError
+from kmend.core.target import Release
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``info``."""
+    parser.add_argument("module", metavar="KO", help="the module")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Describe a module from its own bytes; its functions where its kernel is in the cache."""
+    from kmend.elf.reader import read
+    from kmend.kernel import store
+    from kmend.module.describe import describe
+    from kmend.module.layout import read_layout
+    from kmend.pipeline import TargetView
+
+    data = read_file(args.module, "a livepatch module (.ko)")
+    elf = read(data, args.module)
+    found = describe(elf, None, args.module)
+    try:
+        target = store.open_target(context.config, Release(found.release))
+        found = describe(elf, read_layout(TargetView(context.config, target).glue()), args.module)
+    except KmendError:
+        pass  # without the kernel's layout the rest can still be told
+    document = {
+        "schema": 1,
+        "name": found.name,
+        "kernel": found.release,
+        "vermagic": found.vermagic,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "replace": found.replace,
+        "note": found.note,
+        "modinfo": [list(row) for row in found.info],
+        "objects": None
+        if found.objects is None
+        else [
+            {"name": o.name, "functions": [{"name": f.old_name, "sympos": f.sympos} for f in o.funcs]}
+            for o in found.objects
+        ],
+    }
+    context.emit(document)
+    lines = [f"{found.name} for {found.release}"]
+    if found.note:
+        lines += [f"  {key}: {value}" for key, value in found.note.items() if value]
+    if found.objects is None:
+        lines.append("  its functions can be shown once its kernel is in the cache (kmend kernel fetch)")
+    else:
+        lines.append("  replaces all older livepatches" if found.replace else "  stacks on older livepatches")
+        for obj in found.objects:
+            names = [f"{f.old_name},{f.sympos}" if f.sympos else f.old_name for f in obj.funcs]
+            lines.append(f"  {obj.name}: {', '.join(names)}")
+    context.say("\n".join(lines))
+    return 0

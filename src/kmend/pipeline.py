@@ -1,0 +1,584 @@
+"""From patch files to a proven module: the stages in one direction, and the times they took.
+
+    patch file -> PatchSet -> affected units -> object pairs -> object diff
+               -> livepatch module + build report
+
+Each stage is a function of values; this file joins the pure stages to the edges that read
+the target and run the compiler.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kmend import __version__
+from kmend.core.config import Config
+from kmend.core.errors import Failed, KmendError, Refusal, Refused, UsageError
+from kmend.core.files import write_atomically
+from kmend.core.progress import Progress, Timings
+from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
+from kmend.core.target import VMLINUX, Release, Target, Unit
+from kmend.diff.compare import ObjectDiff, compare
+from kmend.diff.select import Selection, select
+from kmend.diff.special import SpecialSections
+from kmend.diff.unit import PartKind, UnitObject, base_name
+from kmend.elf.model import SHN_UNDEF, ElfFile
+from kmend.elf.reader import read as read_elf
+from kmend.kernel import compile as compiling
+from kmend.kernel import kallsyms, kbuild, modules, overlay, prepare, store, symvers
+from kmend.kernel.vmlinux import Image
+from kmend.module.assemble import MAX_NAME, ModuleSpec, UnitPatch, assemble
+from kmend.module.layout import Layout, glue_source, modinfo, read_layout
+from kmend.patch.apply import Applied, apply
+from kmend.patch.definitions import edited_functions
+from kmend.patch.intake import parse
+from kmend.patch.lines import with_line_control
+from kmend.patch.model import PatchSet
+from kmend.patch.reach import Reach, reach
+from kmend.verify.provenance import VmlinuxBinary
+from kmend.verify.rules import Checked, TargetFacts, check, mcount_sites
+from kmend.verify.symbols import Proof, Prover, World, crcs_of
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What ``kmend build`` is asked for. ``patches`` are (name, contents) in the order of application."""
+
+    patches: tuple[tuple[str, bytes], ...]
+    release: Release
+    output: Path
+    name: str | None = None
+    replace: bool = True
+    fuzz: int = 0
+    strip: int | None = None
+    sign_key: Path | None = None
+    sign_cert: Path | None = None
+
+
+# -- the target as the pure stages see it ------------------------------------------------------
+
+
+class TargetView:
+    """Lazily opened parts of a target: image, symbols, exports, modules, glue."""
+
+    def __init__(self, config: Config, target: Target) -> None:
+        self.config, self.target = config, target
+        self._modules: dict[str, UnitObject | None] = {}
+        self._sites: dict[str, frozenset[int]] = {}
+        self.image = Image.open(target.vmlinux)
+        self.symbols = kallsyms.load(target)
+        self.exports = symvers.load(target.symvers)
+        self.vmlinux = VmlinuxBinary(self.image, self.symbols)
+
+    def glue(self) -> ElfFile:
+        """``glue.c`` compiled for this target; made once."""
+        source = glue_source()
+        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+        path = self.target.folder / f"glue-{digest}.o"
+        if not path.exists():
+            with _scratch(self.config) as folder:
+                made = compiling.compile_snippet(
+                    self.target, source, out=folder / "glue.o", module_name="kmend"
+                )
+                write_atomically(path, made.read_bytes())
+        return read_elf(path.read_bytes(), path.name)
+
+    def module(self, name: str) -> UnitObject:
+        """A module of the target, parsed.
+
+        Raises:
+            Failed: the target has no such module.
+        """
+        found = self.optional_module(name)
+        if found is None:
+            raise Failed(f"{self.target.release} has no module {name}", rule="unknown-module")
+        return found
+
+    def optional_module(self, name: str) -> UnitObject | None:
+        if name not in self._modules:
+            known = modules.find(self.target, name)
+            data = modules.module_file(self.target, name).path.read_bytes() if known else None
+            self._modules[name] = UnitObject.parse(data, f"{name}.ko") if data is not None else None
+        return self._modules[name]
+
+    def dependencies(self, name: str) -> tuple[str, ...]:
+        return modules.module_dependencies(self.target, name)
+
+    def world(self) -> World:
+        return World(self.symbols, self.vmlinux, self.exports, self.module, self.dependencies)
+
+    def traceable(self, obj: str, place: int) -> bool:
+        """Whether ftrace can redirect the function: the object's ``__mcount_loc`` lists it."""
+        if obj not in self._sites:
+            if obj == VMLINUX:
+                self._sites[obj] = self._vmlinux_sites()
+            else:
+                self._sites[obj] = mcount_sites(self.module(obj))
+        sites = self._sites[obj]
+        return place in sites or (obj == VMLINUX and place + 4 in sites)
+
+    def _vmlinux_sites(self) -> frozenset[int]:
+        bounds = [self.symbols.named(n) for n in ("__start_mcount_loc", "__stop_mcount_loc")]
+        if any(len(b) != 1 for b in bounds):
+            raise Failed("the image has no table of ftrace sites", rule="no-ftrace")
+        start, stop = bounds[0][0].address, bounds[1][0].address
+        data = self.image.read(start, stop - start)
+        return frozenset(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8))
+
+    def facts(self, layout: Layout, vermagic: str) -> TargetFacts:
+        return TargetFacts(
+            self.target.release,
+            vermagic,
+            layout,
+            self.exports,
+            self.symbols,
+            self.optional_module,
+            self.traceable,
+        )
+
+
+@contextmanager
+def _scratch(config: Config) -> Iterator[Path]:
+    """A folder for this run only, gone afterwards; what a killed run left behind goes as well.
+
+    Each folder has a locked file beside it: the kernel drops the lock when its holder dies.
+    """
+    base = config.cache / "scratch"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="build-", dir=base))
+        lock = (base / f"{folder.name}.lock").open("w")
+    except OSError as error:
+        raise Failed(
+            f"{base} cannot be written",
+            why=error.strerror or str(error),
+            next_step="free space, or name another cache with --cache",
+            rule="unwritable",
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _sweep(base, keep=folder.name)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _sweep(base: Path, keep: str) -> None:
+    """Remove the folders of runs that no longer hold their lock."""
+    for path in base.glob("build-*.lock"):
+        if path.stem == keep:
+            continue
+        with suppress(OSError), path.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(base / path.stem, ignore_errors=True)
+            path.unlink(missing_ok=True)
+
+
+# -- the stages ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class UnitWork:
+    """One unit on its way through the stages."""
+
+    unit: Unit
+    diff: ObjectDiff
+    selection: Selection
+
+
+def module_name(request: BuildRequest) -> str:
+    """The module's name: ``-n``, or ``kmend_`` and the first patch file's name.
+
+    Raises:
+        UsageError: it is no usable name for a module.
+    """
+    if request.name is not None:
+        name = request.name.removesuffix(".ko").replace("-", "_")
+    else:
+        stem = Path(request.patches[0][0]).name
+        for suffix in (".gz", ".patch", ".diff"):
+            stem = stem.removesuffix(suffix)
+        name = "kmend_" + re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower()
+        name = name[:MAX_NAME].rstrip("_")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or len(name) > MAX_NAME:
+        raise UsageError(
+            f"{request.name!r} is no name for a module",
+            why=f"letters, digits and underscores, at most {MAX_NAME} of them",
+            next_step="name another one with -n",
+            rule="module-name",
+        )
+    return name
+
+
+def build(request: BuildRequest, config: Config, progress: Progress) -> BuildReport:
+    """Build, prove and write the module and its report.
+
+    Every KmendError that speaks of the patch becomes a report with ``refused`` or ``failed``; wrong usage
+    and a machine or kernel that cannot do it (exit status 2 and 3) are raised.
+    """
+    timings = Timings()
+    name = module_name(request)
+    kernel = KernelId(request.release, "", "")
+    with timings.measure("total"):
+        patchset = parse(request.patches, strip=request.strip)
+        with timings.measure("fetch"):
+            target = store.fetch(config, request.release, progress)
+        kernel = KernelId(target.release, target.version, target.build_id)
+        try:
+            report = _Build(request, name, patchset, target, config, progress, timings).run()
+        except KmendError as error:
+            if error.exit_status != 1:
+                raise
+            outcome = Outcome.REFUSED if isinstance(error, Refused) else Outcome.FAILED
+            report = BuildReport(name, outcome, kernel, refused=error.reasons)
+    timings.seconds.setdefault("total", 0.0)
+    report = replace(report, timings=dict(timings.seconds))
+    if report.result is Outcome.BUILT and report.module:
+        _write_report(report)
+    return report
+
+
+def _write_report(report: BuildReport) -> None:
+    from kmend.report.build import to_document
+
+    path = Path(report.module or "").with_suffix(".json")
+    write_atomically(path, (json.dumps(to_document(report), indent=2) + "\n").encode())
+
+
+class _Build:
+    def __init__(
+        self,
+        request: BuildRequest,
+        name: str,
+        patchset: PatchSet,
+        target: Target,
+        config: Config,
+        progress: Progress,
+        timings: Timings,
+    ) -> None:
+        self.request, self.name, self.patchset = request, name, patchset
+        self.target, self.config = target, config
+        self.progress, self.timings = progress, timings
+        self.warnings: list[Refusal] = []
+
+    def run(self) -> BuildReport:
+        measure = self.timings.measure
+        with measure("prepare"):
+            self._compiler()
+            applied = self._apply()
+            reached = self._reach(applied)
+            view = TargetView(self.config, self.target)
+        with _scratch(self.config) as scratch:
+            with measure("compile"):
+                self.progress.step(f"compiling {_count(len(reached.units), 'unit')} twice")
+                pairs = self._compile(applied, reached, scratch)
+            with measure("diff"):
+                self.progress.step("comparing")
+                layout = self._layout(view)
+                works = self._diff(pairs, layout)
+                if not works:
+                    return self._nothing()
+                works = self._share(works)
+            with measure("verify"):
+                self.progress.step("proving against the kernel's own code")
+                shared = frozenset(
+                    work.diff.new.parts[key].name
+                    for work in works
+                    for key in work.selection.included
+                    if key not in work.diff.twins.original and not work.diff.new.parts[key].local
+                )
+                proofs = [self._prove(view, work, shared, layout) for work in works]
+            refusals = [r for w in works for r in w.selection.refusals]
+            refusals += [r for p in proofs for r in p.refusals]
+            if refusals:
+                raise Refused(refusals)
+        with measure("link"):
+            data, rows = self._assemble(view, works, proofs, layout, applied)
+        with measure("verify"):
+            self._check(view, data, layout)
+        with measure("link"):
+            return self._write(data, rows, proofs)
+
+    # -- patch, units ---------------------------------------------------------------------------
+
+    def _compiler(self) -> None:
+        refusal = prepare.compiler_matches(self.target)
+        if refusal is not None:
+            raise Refused([refusal])
+
+    def _apply(self) -> Applied:
+        self.progress.step("applying the patch")
+        applied = apply(self.patchset, overlay.tree_reader(self.target.source), fuzz=self.request.fuzz)
+        self.warnings += applied.warnings
+        return applied
+
+    def _reach(self, applied: Applied) -> Reach:
+        reached = reach(applied, kbuild.unit_map(self.target))
+        self.warnings += reached.warnings
+        return reached
+
+    # -- objects --------------------------------------------------------------------------------
+
+    def _compile(
+        self, applied: Applied, reached: Reach, scratch: Path
+    ) -> list[tuple[Unit, UnitObject, UnitObject]]:
+        """Original and patched object of every unit."""
+        files: dict[str, bytes | None] = {}
+        for file in applied.files:
+            if file.new != file.old:
+                controlled = file.new is not None and file.old is not None
+                files[file.path] = (
+                    with_line_control(file.new, file.origins) if controlled and file.new else file.new
+                )
+        commands = kbuild.commands(self.target, reached.units)
+        sources = [commands[unit].source for unit in reached.units]
+        tree = overlay.make_overlay(self.target.source, files, scratch / "tree", also=sources)
+        self.scratch = scratch
+
+        def original(unit: Unit) -> Path:
+            return compiling.original(self.config, self.target, unit, commands[unit]).path
+
+        def patched(unit: Unit) -> Path:
+            out = scratch / f"{reached.units.index(unit)}.o"
+            made = compiling.compile_unit(self.target, unit, commands[unit], tree=tree, out=out)
+            behind = overlay.read_behind(tree, self.target.source, files, made.deps)
+            if behind:
+                raise Failed(
+                    f"{unit.obj} was compiled with the unpatched {behind[0]}",
+                    why="the file was reached by a path that leads around the patched copy",
+                    next_step="report the patch",
+                    rule="overlay",
+                )
+            return made.path
+
+        with ThreadPoolExecutor(max_workers=self.config.jobs) as pool:
+            done = 0
+            jobs = [(unit, pool.submit(original, unit), pool.submit(patched, unit)) for unit in reached.units]
+            out = []
+            for unit, first, second in jobs:
+                pair = []
+                for job in (first, second):
+                    pair.append(job.result())
+                    done += 1
+                    self.progress.amount(done, 2 * len(jobs))
+                old = UnitObject.parse(pair[0].read_bytes(), f"{unit.obj} (original)")
+                new = UnitObject.parse(pair[1].read_bytes(), f"{unit.obj} (patched)")
+                out.append((unit, old, new))
+        return out
+
+    def _layout(self, view: TargetView) -> Layout:
+        return read_layout(view.glue())
+
+    def _diff(self, pairs: list[tuple[Unit, UnitObject, UnitObject]], layout: Layout) -> list[UnitWork]:
+        works = []
+        for unit, old, new in pairs:
+            diff = compare(old, new, layout.special_sizes())
+            selection = select(diff)
+            if not diff.nothing or selection.refusals:
+                works.append(UnitWork(unit, diff, selection))
+            self.warnings += selection.warnings
+        return works
+
+    def _share(self, works: list[UnitWork]) -> list[UnitWork]:
+        """Let each unit bring along its new global functions and variables that another unit needs."""
+        while True:
+            wanted = {name for work in works for name in work.selection.externs}
+            again = False
+            out = []
+            for work in works:
+                new, twins = work.diff.new, work.diff.twins.original
+                roots = [
+                    key
+                    for key, part in new.parts.items()
+                    if not part.local and key not in twins and part.name in wanted
+                ]
+                if set(roots) <= set(work.selection.included):
+                    out.append(work)
+                    continue
+                again = True
+                out.append(replace(work, selection=select(work.diff, roots)))
+            works = out
+            if not again:
+                return works
+
+    # -- proof ----------------------------------------------------------------------------------
+
+    def _prove(self, view: TargetView, work: UnitWork, shared: frozenset[str], layout: Layout) -> Proof:
+        prover = Prover(view.world(), work.unit.owner, work.diff.old, work.diff.old_special)
+        proof = prover.prove(work.selection, shared)
+        if proof.mismatches:
+            self._second_look(view, work, proof, layout)
+        return proof
+
+    def _second_look(self, view: TargetView, work: UnitWork, proof: Proof, layout: Layout) -> None:
+        """Compare once more without ``-ffunction-sections``.
+
+        With it the assembler cannot shorten a jump to another static function of the unit, so a function
+        may differ from the kernel's in nothing but the length of such a jump. Compiled as the kernel was,
+        it must be the very code.
+        """
+        command = kbuild.commands(self.target, [work.unit])[work.unit]
+        out = self.scratch / f"plain-{len(list(self.scratch.iterdir()))}.o"
+        made = compiling.compile_unit(
+            self.target, work.unit, command, tree=self.target.source, out=out, extra_flags=()
+        )
+        plain = UnitObject.parse(made.path.read_bytes(), f"{work.unit.obj} (as the kernel was built)")
+        prover = Prover(view.world(), work.unit.owner, plain, SpecialSections(plain, layout.special_sizes()))
+        for key, mismatch in proof.mismatches.items():
+            part = plain.parts.get(key)
+            second = mismatch if part is None else prover.function(part)
+            if second is None and part is not None:
+                proof.identical += 1
+                proof.sympos[key] = prover.sympos(part, prover.known[key])
+            else:
+                proof.refusals.append((second or mismatch).refusal(work.unit.owner))
+
+    # -- module ---------------------------------------------------------------------------------
+
+    def _assemble(
+        self,
+        view: TargetView,
+        works: Sequence[UnitWork],
+        proofs: Sequence[Proof],
+        layout: Layout,
+        applied: Applied,
+    ) -> tuple[bytes, tuple[ObjectRow, ...]]:
+        rows = self._rows(works, proofs, applied)
+        report_hash = hashlib.sha256(
+            json.dumps([[o.name, [[f.name, f.sympos, f.status] for f in o.functions]] for o in rows]).encode()
+        )
+        report_hash.update(b"".join(text for _, text in self.request.patches))
+        note = {
+            "kmend": __version__,
+            "patch": self.name,
+            "title": self.patchset.title,
+            "origin": self.patchset.origin,
+            "kernel": self.target.release,
+            "build_id": self.target.build_id,
+            "report": report_hash.hexdigest(),
+        }
+        info = (
+            ("description", _one_line(self.patchset.title) or f"live patch {self.name}"),
+            ("version", __version__),
+            ("kmend_patch", self.name),
+            ("kmend_build_id", self.target.build_id),
+            ("kmend_report", report_hash.hexdigest()),
+        )
+        glue = view.glue()
+        needed = [s.name for s in glue.symbols if s.section == SHN_UNDEF and s.name]
+        assembled = assemble(
+            ModuleSpec(self.name, self.request.replace, info, json.dumps(note, sort_keys=True).encode()),
+            [
+                UnitPatch(
+                    work.unit.owner, work.unit.obj, work.selection, proof.outer, proof.externs, proof.sympos
+                )
+                for work, proof in zip(works, proofs, strict=True)
+            ],
+            glue,
+            layout,
+            crcs_of([*needed, "module_layout"], view.exports),
+        )
+        self.warnings += assembled.warnings
+        return assembled.data, rows
+
+    def _check(self, view: TargetView, data: bytes, layout: Layout) -> None:
+        """Hold the finished bytes against every rule, as ``kmend check`` would."""
+        vermagic = dict(modinfo(view.glue())).get("vermagic", "")
+        checked = check(read_elf(data, self.name), view.facts(layout, vermagic), self.name)
+        if checked.refusals:
+            raise Refused(checked.refusals)
+
+    def _rows(
+        self, works: Sequence[UnitWork], proofs: Sequence[Proof], applied: Applied
+    ) -> tuple[ObjectRow, ...]:
+        edited = frozenset().union(*(edited_functions(file) for file in applied.files))
+        objects: dict[str, list[FunctionRow]] = {}
+        for work, proof in zip(works, proofs, strict=True):
+            rows = objects.setdefault(work.unit.owner, [])
+            new = work.diff.new
+            standing = {base_name(p.name) for p in new.functions()}
+            inlined = sorted(edited - standing)
+            for row in work.selection.changed:
+                name = work.diff.old.parts[row.original].name
+                rows.append(
+                    FunctionRow(
+                        name,
+                        proof.sympos.get(row.original, 0),
+                        "changed",
+                        _why(name, row.difference, edited, inlined),
+                    )
+                )
+            rows += [
+                FunctionRow(new.parts[key].name, 0, "new", "the original object has no such function")
+                for key in work.selection.new_functions
+                if new.parts[key].kind is PartKind.FUNCTION
+            ]
+        order = sorted(objects, key=lambda n: (n != VMLINUX, n))
+        return tuple(ObjectRow(name, tuple(objects[name])) for name in order)
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _kernel(self) -> KernelId:
+        return KernelId(self.target.release, self.target.version, self.target.build_id)
+
+    def _nothing(self) -> BuildReport:
+        return BuildReport(self.name, Outcome.NOTHING_CHANGED, self._kernel(), warnings=tuple(self.warnings))
+
+    def _write(self, data: bytes, rows: tuple[ObjectRow, ...], proofs: Sequence[Proof]) -> BuildReport:
+        path = self.request.output / f"{self.name}.ko"
+        if self.request.sign_key is not None and self.request.sign_cert is not None:
+            from kmend.kernel.sign import sign
+
+            data = sign(self.target, data, self.request.sign_key, self.request.sign_cert)
+        write_atomically(path, data)
+        return BuildReport(
+            self.name,
+            Outcome.BUILT,
+            self._kernel(),
+            module=str(path),
+            sha256=hashlib.sha256(data).hexdigest(),
+            objects=rows,
+            warnings=tuple(dict.fromkeys(self.warnings)),
+            verified=Verified(sum(p.functions for p in proofs), sum(p.identical for p in proofs), ()),
+        )
+
+
+def _why(name: str, difference: str, edited: frozenset[str], inlined: list[str]) -> str:
+    if base_name(name) in edited:
+        return "edited"
+    if inlined:
+        return f"inlines {', '.join(inlined)}, edited ({difference})"
+    return f"compiled differently: {difference}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:120]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def check_module(data: bytes, name: str, target: Target, config: Config) -> Checked:
+    """Every rule of :mod:`kmend.verify.rules` for a finished module.
+
+    Raises:
+        UsageError: no ELF file, no livepatch module.
+    """
+    elf = read_elf(data, name)
+    view = TargetView(config, target)
+    glue = view.glue()
+    vermagic = dict(modinfo(glue)).get("vermagic", "")
+    return check(elf, view.facts(read_layout(glue), vermagic), name)
