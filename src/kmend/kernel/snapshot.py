@@ -211,12 +211,12 @@ class Snapshot:
                 except ValueError as error:
                     raise _strange("an answer that is no JSON") from error
                 return document
-        said = (result.errors or result.text).strip()
-        if re.search(r"\b404\b", said):
+        said = [line for line in result.errors.splitlines() if line.startswith("E: ")]
+        if re.search(r"\b404\b", "".join(said)):
             return None
         raise OfflineError(
             f"{self._mirror} was not reached",
-            why=said.splitlines()[-1] if said else "apt-helper gave no reason",
+            why=said[0][3:] if said else "apt-helper gave no reason",
             next_step="connect this machine to the network, or name another archive: KMEND_MIRROR=URL",
             rule="no-network",
         )

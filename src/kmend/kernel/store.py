@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib
 import json
 import os
 import re
@@ -37,9 +36,9 @@ from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable, UsageError
 from kmend.core.files import locked, write_atomically
 from kmend.core.progress import Progress
-from kmend.core.run import Children
+from kmend.core.run import Children, run
 from kmend.core.target import Release, Target
-from kmend.kernel import debian, kallsyms, prepare
+from kmend.kernel import debian, kallsyms, prepare, units
 from kmend.kernel import modules as modules_index
 from kmend.kernel.image import Banner, Bytes, extract_vmlinux, mapped, read_banner, read_build_id
 from kmend.kernel.snapshot import Snapshot
@@ -47,6 +46,8 @@ from kmend.kernel.unpack import decompress_modules, unpack_deb, unpack_source
 from kmend.kernel.work import Shared, Work, as_disk_full, disk_full
 
 SCHEMA = 1
+#: Raised whenever the files of an index change their form: targets prepared before get new ones.
+INDEXES = 1
 CUSTOM = "@custom"
 #: Bytes that a target needs besides its packages: source 1.5 GB, vmlinux and indexes 0.2 GB (measured).
 SOURCE_ROOM = 1_750_000_000
@@ -121,12 +122,16 @@ def fetch_packaged(config: Config, release: Release, progress: Progress) -> Targ
     running = debian.running_version(release)
     if found := _prepared(config, release, running):
         return found
-    if release.endswith(CUSTOM):
-        return open_target(config, release)  # says how to make it
+    older = _read(config, release, indexes=None)
+    if release.endswith(CUSTOM) and not older:
+        return open_target(config, release)  # says that there is none
     debian.line_of(release)
     with _working(config, release, progress) as work:
         if found := _prepared(config, release, running):
             return found
+        older = _read(config, release, indexes=None)
+        if older and (running in (None, older.source_version) or older.source_version == "custom"):
+            return _index_anew(older, work.progress)
         prepare.need_tools()
         began = time.monotonic()
         packages = _find(config, work, release, running)
@@ -504,11 +509,16 @@ def _index_image(target: Target, progress: Progress) -> None:
 
 
 def _index_source(target: Target, progress: Progress) -> None:
-    try:
-        kbuild = importlib.import_module("kmend.kernel.kbuild")
-    except ModuleNotFoundError:
-        return
-    kbuild.build_unit_index(target, progress)
+    units.build_unit_index(target, progress)
+
+
+def _index_anew(target: Target, progress: Progress) -> Target:
+    """Give a target that an older kmend prepared the indexes that this one reads."""
+    record = _load(target.folder / "target.json") or {}
+    _index_image(target, progress)
+    _index_source(target, progress)
+    write_atomically(target.folder / "target.json", _json({**record, "indexes": INDEXES}))
+    return target
 
 
 def _depmod(work: Work, root: Path, release: str) -> None:
@@ -679,12 +689,15 @@ def _prepared(config: Config, release: Release, version: str | None) -> Target |
     return found
 
 
-def _read(config: Config, key: str) -> Target | None:
+def _read(config: Config, key: str, *, indexes: int | None = INDEXES) -> Target | None:
+    """The target in the folder ``key``; ``indexes`` None: whatever form its indexes have."""
     if not debian.RELEASE.match(key.removesuffix(CUSTOM)):
         return None
     folder = config.targets / key
     document = _load(folder / "target.json")
     if document is None or document.get("schema") != SCHEMA:
+        return None
+    if indexes is not None and document.get("indexes") != indexes:
         return None
     text = {k: v for k, v in document.items() if isinstance(v, str)}
     try:
@@ -720,8 +733,20 @@ def _write(target: Target, **record: object) -> None:
         "compiler": target.compiler,
         **paths,
         **record,
+        "indexes": INDEXES,
+        "size": size_on_disk(target.folder),
     }
     write_atomically(target.folder / "target.json", _json(document))
+
+
+def size_on_disk(folder: Path) -> int | None:
+    """Bytes that a folder takes on the disk (counts every file: a second or more); None: cannot be told."""
+    try:
+        result = run(["du", "-s", "-B1", "--", folder], check=False, timeout=300)
+    except KmendError:
+        return None
+    first = result.text.split("\t", 1)[0]
+    return int(first) if first.isdigit() else None
 
 
 def _load(path: Path) -> dict[str, object] | None:
