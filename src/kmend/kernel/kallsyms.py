@@ -26,6 +26,7 @@ import sys
 from array import array
 from bisect import bisect_left, bisect_right
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from kmend.core.errors import Failed
@@ -45,7 +46,7 @@ _KERNEL_HALF = 1 << 63
 
 
 class Table:
-    """The symbol table (implements :class:`kmend.core.target.SymbolTable`); parts are built when asked for."""
+    """The symbol table, a :class:`kmend.core.target.SymbolTable`; parts are built when asked for."""
 
     def __init__(self, addresses: array[int], letters: str, names: bytes, repeated: array[int]) -> None:
         self._addresses = addresses
@@ -220,7 +221,7 @@ def check(target: Target, rows: list[tuple[int, str, str]]) -> None:
     """
     if len(rows) < 1000:
         raise _wrong(target, f"only {len(rows)} symbols were found")
-    for (low, _, before), (high, _, name) in zip(rows, rows[1:], strict=False):
+    for (low, _, before), (high, _, name) in pairwise(rows):
         if low > high:
             raise _wrong(target, f"{name} ({high:#x}) stands after {before} ({low:#x}): not sorted")
     places: dict[str, list[int]] = {}

@@ -135,7 +135,7 @@ def _parse(data: bytes, name: str) -> _Parsed:
             text = data[strings[4] : strings[4] + strings[5]]
             for st_name, info, _, shndx, _, _ in _SYM.iter_unpack(data[row[4] : row[4] + row[5]]):
                 kind = info & 15
-                if 0 < shndx < _SHN_LORESERVE and (kind == _STT_FUNC or kind == _STT_OBJECT):
+                if 0 < shndx < _SHN_LORESERVE and kind in (_STT_FUNC, _STT_OBJECT):
                     letter = "F" if kind == _STT_FUNC else "O"
                     end = text.find(b"\0", st_name)
                     symbols.append(

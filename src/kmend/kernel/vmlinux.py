@@ -28,7 +28,7 @@ _SHF_EXECINSTR = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageSection:
-    """A section header. ``address`` is link-time (no KASLR offset), ``offset`` in the file, ``size`` in bytes.
+    """A section header. ``address`` is link-time (no KASLR offset), ``size`` in bytes.
 
     ``nobits``: it has no bytes in the file (``.bss``). ``loaded``: it is part of the running
     kernel's address space. Per-CPU data (``.data..percpu``) is linked at address 0 and is
