@@ -6,6 +6,7 @@ The list of packages is ``needs.txt`` beside this file; the Makefile reads the s
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib.util
 import os
 import platform
@@ -20,7 +21,7 @@ from kmend.core.errors import Failed, UsageError
 NEEDS = Path(__file__).with_name("needs.txt")
 
 #: Verbs that work with what Python alone brings, so that they are reported too.
-PURE_VERBS = ("diff", "info")
+PURE_VERBS = ("diff", "check", "info")
 #: What the library imports from elsewhere: module name, distribution name.
 LIBRARIES = (
     ("capstone", "capstone"),
@@ -37,7 +38,7 @@ SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A row of ``needs.txt``: ``proof`` is a program's name, or the absolute path of a file."""
+    """A row of ``needs.txt``: ``proof`` is a program's name, or the absolute path of a file (``*`` allowed)."""
 
     package: str
     proof: str
@@ -101,9 +102,9 @@ def known_verbs(needs: Iterable[Need]) -> tuple[str, ...]:
 
 
 def is_there(proof: str, search: str | None = None) -> bool:
-    """Whether a program is on the path (system folders included), or a file exists."""
+    """Whether a program is on the path (system folders included), or a file exists (``*`` as in a shell)."""
     if proof.startswith("/"):
-        return Path(proof).exists()
+        return bool(glob.glob(proof))
     path = search if search is not None else os.environ.get("PATH", os.defpath)
     return shutil.which(proof, path=os.pathsep.join((path, *SYSTEM_PATHS))) is not None
 

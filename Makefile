@@ -1,0 +1,35 @@
+# kmend. `make demo` shows it at work, `make test` runs every check; both set up what they need.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Tests that boot a virtual machine share one worker (tests/conftest.py); the others run beside them.
+TEST_JOBS ?= $(shell nproc)
+CODE := $(wildcard src tests bench)
+
+MAKEFLAGS += --no-print-directory
+.PHONY: setup demo test lint lab bench
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml src/kmend/cli/needs.txt scripts/setup
+	@PYTHON=$(PYTHON) scripts/setup
+
+demo: $(READY)
+	@scripts/demo
+
+lint: $(READY)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -n $(TEST_JOBS) --dist loadgroup
+
+lab: $(READY)
+	$(BIN)/pytest -m lab
+
+bench: $(READY)
+	@for file in bench/bench_*.py; do $(BIN)/python "$$file" || exit 1; done
