@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kmend.core.errors import Failed
-from kmend.core.files import locked, write_atomically
+from kmend.core.files import write_atomically
 from kmend.core.target import Target, Unit
-from kmend.kernel import kbuild_env
+from kmend.kernel import generated, kbuild_env
 from kmend.kernel.kbuild_env import KbuildEnvironment
 from kmend.kernel.units import UnitMap, build_unit_index, unit_map
 
@@ -69,9 +69,8 @@ _PRINT_RULE = (
 def commands(target: Target, units: Sequence[Unit]) -> dict[Unit, CompileCommand]:
     """The command of every unit.
 
-    Headers and tables that kbuild would generate first (``lib/crc32table.h``, SELinux's
-    ``flask.h``) and that do not exist yet are made by kbuild's own rules now: files are added to the
-    prepared tree, none is changed. So ask for commands before an overlay of the tree is made.
+    Headers and tables that kbuild would generate first are there since the target was prepared
+    (:mod:`kmend.kernel.generated`); one that could not be made then is tried again here.
 
     Raises:
         Failed: (rule ``kbuild``) make failed, a generated file cannot be made, or a unit is
@@ -119,7 +118,7 @@ def _ask(
     answers = list(_answers(result.text))
     missing = sorted({name for answer in answers for name in answer["missing"].split()})
     if missing:
-        _generate(target, kbuild, directory, missing)
+        generated.make(target, kbuild, directory, missing)
     return {answer["object"]: _command(target, kbuild, answer) for answer in answers}
 
 
@@ -161,23 +160,6 @@ def _command(target: Target, kbuild: KbuildEnvironment, answer: dict[str, str]) 
         late_objtool=late,
         defines_module="-DMODULE" in compiler,
     )
-
-
-def _generate(target: Target, kbuild: KbuildEnvironment, directory: str, files: Sequence[str]) -> None:
-    """Let kbuild make files that the compilation needs and the prepared tree lacks."""
-    with locked(target.folder / "generate.lock") as lock:
-        still = [name for name in files if not (target.source / name).exists()]
-        if not still:
-            return
-        kbuild_env.directory_make(target, kbuild, directory, still, dry=False, timeout=300, keep=lock)
-        for name in still:
-            if not (target.source / name).exists():
-                raise Failed(
-                    f"{name} was not generated",
-                    why="kbuild's rule for it ended without an error and without the file",
-                    next_step=f"make it by hand in {target.source}",
-                    rule="kbuild",
-                )
 
 
 def module_command(target: Target, folder: Path, name: str) -> CompileCommand:

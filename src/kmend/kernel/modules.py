@@ -18,6 +18,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from kmend.core.errors import Failed, Unable
@@ -210,16 +211,21 @@ def _softdep_pre(value: str) -> str:
 def _index(target: Target) -> dict[str, ModuleInfo]:
     path = target.folder / INDEX
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        status = path.stat()
+        return _parse_index(path, status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError) as error:
         raise Failed(
             f"{path} (the index of modules) cannot be read",
             why=str(error),
             next_step="prepare the target again: `kmend kernel fetch RELEASE`",
             rule="no-module-index",
         ) from error
+
+
+@lru_cache(maxsize=4)
+def _parse_index(path: Path, _mtime: int, _size: int) -> dict[str, ModuleInfo]:
     out = {}
-    for row in text.splitlines():
+    for row in path.read_text().splitlines():
         name, file, depends, pre = row.split("\t")
         out[name] = ModuleInfo(name, file, _names(depends), _names(pre))
     return out

@@ -26,7 +26,7 @@ from kmend.core.files import write_atomically
 from kmend.core.progress import Progress
 from kmend.core.run import run
 from kmend.core.target import VMLINUX, Linkage, Target, Unit
-from kmend.kernel import kbuild_env
+from kmend.kernel import generated, kbuild_env
 from kmend.kernel.kbuild_env import KbuildEnvironment
 from kmend.kernel.symvers import module_name
 
@@ -195,6 +195,13 @@ def build_unit_index(target: Target, progress: Progress) -> None:
         vmlinux_objtool=_vmlinux_objtool(target, kbuild),
     )
     kbuild_env.save(target, kbuild)
+    rows = _ask_sources(target, kbuild, rows)
+    progress.step(f"generating headers of {target.release}")
+    needing: dict[str, list[str]] = {}
+    for row in rows:
+        if row.unit.source.endswith(".c") and (target.source / row.unit.source).exists():
+            needing.setdefault(row.directory, []).append(row.unit.obj)
+    generated.prepare(target, kbuild, needing)
     included = _includers(target, {row.unit.source for row in rows})
     write_atomically(target.folder / INCLUDERS, included.encode())
     text = "".join(
@@ -297,19 +304,46 @@ class _Listing:
         return list(out.values())
 
 
-_GENERATED_FROM = (".c_shipped", ".asn1", ".S_shipped", ".pl")
+_PRINT_SOURCE = "if_changed_rule=$(info @kmend-source $@ $<)@:"
+
+
+def _ask_sources(target: Target, kbuild: KbuildEnvironment, rows: list[UnitRow]) -> list[UnitRow]:
+    """Let make name the source of units whose file does not lie where the pattern rules look.
+
+    Most are generated; ``kernel/bpf/relo_core.o`` has a rule of its own that compiles
+    ``tools/lib/bpf/relo_core.c``.
+    """
+    unclear: dict[str, list[str]] = {}
+    for row in rows:
+        if not (target.source / row.unit.source).exists():
+            unclear.setdefault(row.directory, []).append(row.unit.obj)
+    sources = {}
+    for directory, objects in unclear.items():
+        result = kbuild_env.directory_make(
+            target, kbuild, directory, ["-k", _PRINT_SOURCE, *objects], check=False
+        )
+        for line in result.text.splitlines():
+            words = line.split()
+            if len(words) == 3 and words[0] == "@kmend-source":
+                sources[words[1]] = os.path.normpath(words[2])
+    return [
+        dataclasses.replace(row, unit=dataclasses.replace(row.unit, source=sources[row.unit.obj]))
+        if row.unit.obj in sources
+        else row
+        for row in rows
+    ]
 
 
 def _source(tree: Path, obj: str) -> str:
     """The file that kbuild's pattern rules compile the object from (Makefile.build: .c, then .rs, .S).
 
-    A generated source does not lie in the tree; it is named as the ``.c`` or ``.S`` file that will.
+    A generated source does not lie in the tree; :func:`_ask_sources` asks for those.
     """
     stem = os.path.normpath(obj[:-2])
     for suffix in (".c", ".rs", ".S"):
         if (tree / (stem + suffix)).exists():
             return stem + suffix
-    return stem + (".S" if (tree / (stem + ".pl")).exists() else ".c")
+    return stem + ".c"
 
 
 def check_modules(target: Target, modules: Iterable[str]) -> None:
