@@ -6,7 +6,6 @@ The list of packages is ``needs.txt`` beside this file; the Makefile reads the s
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.util
 import os
 import platform
@@ -38,7 +37,7 @@ SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A row of ``needs.txt``: ``proof`` is a program's name, or the absolute path of a file (``*`` allowed)."""
+    """A row of ``needs.txt``: ``proof`` is a program's name or a file's absolute path (``*`` allowed)."""
 
     package: str
     proof: str
@@ -104,7 +103,7 @@ def known_verbs(needs: Iterable[Need]) -> tuple[str, ...]:
 def is_there(proof: str, search: str | None = None) -> bool:
     """Whether a program is on the path (system folders included), or a file exists (``*`` as in a shell)."""
     if proof.startswith("/"):
-        return bool(glob.glob(proof))
+        return any(True for _ in Path("/").glob(proof.lstrip("/")))
     path = search if search is not None else os.environ.get("PATH", os.defpath)
     return shutil.which(proof, path=os.pathsep.join((path, *SYSTEM_PATHS))) is not None
 

@@ -171,7 +171,7 @@ class _Reader:
         """``---``, ``+++`` and a hunk; text may hold any one of them, a patch cut short the first two."""
         if not (self.bare().startswith(b"--- ") and self.bare(1).startswith(b"+++ ")):
             return False
-        return bool(HUNK.match(self.bare(2))) or self.at + 2 >= len(self.lines)
+        return self.bare(2).startswith(b"@@ ") or self.at + 2 >= len(self.lines)
 
     def plain_file(self, git: dict[str, str] | None = None, start: int | None = None) -> None:
         """``---``, ``+++`` and hunks, alone or as the end of a git header."""
