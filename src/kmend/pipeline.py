@@ -16,7 +16,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +60,7 @@ class BuildRequest:
     replace: bool = True
     fuzz: int = 0
     strip: int | None = None
-    sign_key: Path | None = None
+    sign_key: str | None = None
     sign_cert: Path | None = None
 
 
@@ -87,9 +86,7 @@ class TargetView:
         path = self.target.folder / f"glue-{digest}.o"
         if not path.exists():
             with _scratch(self.config) as folder:
-                made = compiling.compile_snippet(
-                    self.target, source, out=folder / "glue.o", module_name="kmend"
-                )
+                made = compiling.compile_snippet(self.target, source, out=folder, module_name="kmend")
                 write_atomically(path, made.read_bytes())
         return read_elf(path.read_bytes(), path.name)
 
@@ -282,7 +279,6 @@ class _Build:
             view = TargetView(self.config, self.target)
         with _scratch(self.config) as scratch:
             with measure("compile"):
-                self.progress.step(f"compiling {_count(len(reached.units), 'unit')} twice")
                 pairs = self._compile(applied, reached, scratch)
             with measure("diff"):
                 self.progress.step("comparing")
@@ -299,7 +295,7 @@ class _Build:
                     for key in work.selection.included
                     if key not in work.diff.twins.original and not work.diff.new.parts[key].local
                 )
-                proofs = [self._prove(view, work, shared, layout) for work in works]
+                proofs = [self._prove(view, work, shared, layout, scratch) for work in works]
             refusals = [r for w in works for r in w.selection.refusals]
             refusals += [r for p in proofs for r in p.refusals]
             if refusals:
@@ -345,15 +341,17 @@ class _Build:
         commands = kbuild.commands(self.target, reached.units)
         sources = [commands[unit].source for unit in reached.units]
         tree = overlay.make_overlay(self.target.source, files, scratch / "tree", also=sources)
-        self.scratch = scratch
-
-        def original(unit: Unit) -> Path:
-            return compiling.original(self.config, self.target, unit, commands[unit]).path
-
-        def patched(unit: Unit) -> Path:
-            out = scratch / f"{reached.units.index(unit)}.o"
-            made = compiling.compile_unit(self.target, unit, commands[unit], tree=tree, out=out)
-            behind = overlay.read_behind(tree, self.target.source, files, made.deps)
+        pairs = compiling.compile_pairs(
+            self.config,
+            self.target,
+            commands,
+            patched_tree=tree,
+            out=scratch / "patched",
+            progress=self.progress,
+        )
+        out = []
+        for unit, pair in pairs.items():
+            behind = overlay.read_behind(tree, self.target.source, files, pair.patched.deps)
             if behind:
                 raise Failed(
                     f"{unit.obj} was compiled with the unpatched {behind[0]}",
@@ -361,21 +359,9 @@ class _Build:
                     next_step="report the patch",
                     rule="overlay",
                 )
-            return made.path
-
-        with ThreadPoolExecutor(max_workers=self.config.jobs) as pool:
-            done = 0
-            jobs = [(unit, pool.submit(original, unit), pool.submit(patched, unit)) for unit in reached.units]
-            out = []
-            for unit, first, second in jobs:
-                pair = []
-                for job in (first, second):
-                    pair.append(job.result())
-                    done += 1
-                    self.progress.amount(done, 2 * len(jobs))
-                old = UnitObject.parse(pair[0].read_bytes(), f"{unit.obj} (original)")
-                new = UnitObject.parse(pair[1].read_bytes(), f"{unit.obj} (patched)")
-                out.append((unit, old, new))
+            old = UnitObject.parse(pair.original.path.read_bytes(), f"{unit.obj} (original)")
+            new = UnitObject.parse(pair.patched.path.read_bytes(), f"{unit.obj} (patched)")
+            out.append((unit, old, new))
         return out
 
     def _layout(self, view: TargetView) -> Layout:
@@ -415,14 +401,18 @@ class _Build:
 
     # -- proof ----------------------------------------------------------------------------------
 
-    def _prove(self, view: TargetView, work: UnitWork, shared: frozenset[str], layout: Layout) -> Proof:
+    def _prove(
+        self, view: TargetView, work: UnitWork, shared: frozenset[str], layout: Layout, scratch: Path
+    ) -> Proof:
         prover = Prover(view.world(), work.unit.owner, work.diff.old, work.diff.old_special)
         proof = prover.prove(work.selection, shared)
         if proof.mismatches:
-            self._second_look(view, work, proof, layout)
+            self._second_look(view, work, proof, layout, scratch)
         return proof
 
-    def _second_look(self, view: TargetView, work: UnitWork, proof: Proof, layout: Layout) -> None:
+    def _second_look(
+        self, view: TargetView, work: UnitWork, proof: Proof, layout: Layout, scratch: Path
+    ) -> None:
         """Compare once more without ``-ffunction-sections``.
 
         With it the assembler cannot shorten a jump to another static function of the unit, so a function
@@ -430,9 +420,13 @@ class _Build:
         it must be the very code.
         """
         command = kbuild.commands(self.target, [work.unit])[work.unit]
-        out = self.scratch / f"plain-{len(list(self.scratch.iterdir()))}.o"
         made = compiling.compile_unit(
-            self.target, work.unit, command, tree=self.target.source, out=out, extra_flags=()
+            self.target,
+            work.unit,
+            command,
+            tree=self.target.source,
+            out=scratch / "plain",
+            extra_flags=(),
         )
         plain = UnitObject.parse(made.path.read_bytes(), f"{work.unit.obj} (as the kernel was built)")
         prover = Prover(view.world(), work.unit.owner, plain, SpecialSections(plain, layout.special_sizes()))
@@ -565,10 +559,6 @@ def _why(name: str, difference: str, edited: frozenset[str], inlined: list[str])
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:120]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def check_module(data: bytes, name: str, target: Target, config: Config) -> Checked:

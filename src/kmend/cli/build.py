@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         replace=not args.no_replace,
         fuzz=args.fuzz,
         strip=args.strip,
-        sign_key=Path(args.sign_key) if args.sign_key else None,
+        sign_key=args.sign_key,
         sign_cert=Path(args.sign_cert) if args.sign_cert else None,
     )
     report = build(request, context.config, context.progress)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from kmend.diff.special import ORC, SATELLITES, TABLE, Entry, SpecialSections
 from kmend.diff.twins import Twins, match
-from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject
+from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import SHF_ALLOC, Reloc, Section
 from kmend.elf.reader import slice_relocs
 
@@ -222,6 +222,8 @@ class _Comparer:
             case RefKind.CONST:
                 size = len(a.content)
                 return a.content == b.content and a.addend % size == b.addend % size
+            case RefKind.EMPTY:
+                return base_name(a.name) == base_name(b.name) and a.addend == b.addend
             case RefKind.OPAQUE:
                 return self._same_opaque(a, b)
 

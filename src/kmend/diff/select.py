@@ -48,6 +48,7 @@ class LinkKind(Enum):
     EXTERN = "extern"  # a symbol that neither object defines
     STRING = "string"
     CONST = "const"
+    EMPTY = "empty"  # a variable of size 0
     SATELLITE = "satellite"  # replacement code of an alternative
 
 
@@ -180,6 +181,8 @@ class Linker:
                 return Link(LinkKind.STRING, "", ref)
             case RefKind.CONST:
                 return Link(LinkKind.CONST, "", ref)
+            case RefKind.EMPTY:
+                return Link(LinkKind.EMPTY, ref.name, ref)
             case RefKind.OPAQUE | RefKind.PART:
                 return Link(LinkKind.SATELLITE, self.new.elf.sections[ref.section].name, ref)
 
@@ -346,7 +349,7 @@ class _Selector:
                         self._reachable(part, link)
                     case LinkKind.EXTERN:
                         externs.add(link.name)
-                    case LinkKind.STRING | LinkKind.CONST:
+                    case LinkKind.STRING | LinkKind.CONST | LinkKind.EMPTY:
                         pass
                     case LinkKind.SATELLITE:
                         if link.name not in SATELLITES:

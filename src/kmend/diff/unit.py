@@ -77,6 +77,7 @@ class RefKind(Enum):
     EXTERN = "extern"  # an undefined symbol, or an absolute one
     STRING = "string"  # a string literal
     CONST = "const"  # an anonymous mergeable constant
+    EMPTY = "empty"  # a variable of size 0: an address and nothing else (lock_class_key without lockdep)
     OPAQUE = "opaque"  # anything else: section and offset
 
 
@@ -85,8 +86,9 @@ class Ref:
     """A relocation's meaning.
 
     PART and EXTERN: ``name`` is the key or the symbol's name, ``addend`` what is added to its
-    address as the relocation's formula says (so with the -4 of a call). Others: ``section``
-    and the exact ``addend`` into it; ``content`` is the string with its NUL, or the constant.
+    address as the relocation's formula says (so with the -4 of a call). EMPTY: ``name`` is the
+    variable's. Others: ``section`` and the exact ``addend`` into it; ``content`` is the string with its
+    NUL, or the constant.
     """
 
     kind: RefKind
@@ -113,6 +115,7 @@ class UnitObject:
         self._by_section: dict[int, list[Part]] = {}
         self._starts: dict[int, list[int]] = {}
         self._by_symbol: dict[int, Part] = {}
+        self._empty: dict[int, str] = {}
         self._ends: dict[str, dict[int, int]] = {}
         self._refs: dict[tuple[int, Reloc], Ref] = {}
         self._collect()
@@ -126,9 +129,13 @@ class UnitObject:
         seen: dict[tuple[int, int, PartKind], Part] = {}
         counts: dict[str, int] = {}
         for symbol in self.elf.symbols:
-            if not symbol.defined or symbol.type not in (STT_FUNC, STT_OBJECT) or symbol.size == 0:
+            if not symbol.defined or symbol.type not in (STT_FUNC, STT_OBJECT):
                 continue
             section = self.elf.sections[symbol.section]
+            if symbol.size == 0:
+                if section.size == 0 and symbol.type == STT_OBJECT:
+                    self._empty[section.index] = symbol.name
+                continue
             if not section.alloc or section.name.startswith(".discard"):
                 continue  # the linker throws it away (scripts/module.lds.S, DISCARDS)
             if symbol.value + symbol.size > section.size:
@@ -234,6 +241,8 @@ class UnitObject:
     def _into(self, section: Section, reloc: Reloc, target: Section, symbol: Symbol) -> Ref:
         """A reference to a place in ``target`` that no function or variable symbol names directly."""
         raw = symbol.value + reloc.addend
+        if target.index in self._empty:
+            return Ref(RefKind.EMPTY, self._empty[target.index], raw, target.index)
         inside = self._by_section.get(target.index, [])
         if len(inside) == 1 and inside[0].start == 0 and not target.flags & SHF_MERGE:
             return Ref(RefKind.PART, inside[0].key, raw)

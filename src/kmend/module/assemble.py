@@ -306,6 +306,13 @@ class _Assembler:
             case LinkKind.STRING | LinkKind.CONST:
                 symbol, place = self._literal(link)
                 addend = place - new.tail(section, reloc)
+            case LinkKind.EMPTY:
+                # Only its address counts; eight bytes of our own keep it apart from everything else.
+                out_bss = self._section(".bss", SHT_NOBITS, SHF_ALLOC | SHF_WRITE)
+                key = (number, link.ref.section, 0)
+                if key not in self.satellites:
+                    self.satellites[key] = out_bss.add(bytes(8), 8)
+                symbol, addend = out_bss.symbol, self.satellites[key] + addend
             case LinkKind.SATELLITE:
                 start, end = unit.selection.diff.new_special.aux_block(link.ref.addend)
                 place = self._satellite(number, unit, part, link.ref.section, start, end - start)

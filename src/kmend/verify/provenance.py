@@ -19,7 +19,7 @@ from typing import Protocol
 
 from kmend.core.errors import Failed, Refusal
 from kmend.diff.special import SpecialSections
-from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject
+from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import Reloc, Section
 from kmend.elf.reader import slice_relocs
 from kmend.elf.x86_64 import row, target_of
@@ -74,6 +74,9 @@ class Binary(Protocol):
     def places(self, part: Part) -> tuple[int, ...]:
         """All places where a function or variable of that name lies, in ``sympos`` order."""
 
+    def position(self, place: int) -> tuple[int, int]:
+        """The order of places in the object: section and offset (vmlinux: 0 and the address)."""
+
     def compare(
         self, unit: UnitObject, special: SpecialSections, part: Part, place: int, findings: Findings
     ) -> Mismatch | None:
@@ -106,6 +109,9 @@ class VmlinuxBinary:
 
     def places(self, part: Part) -> tuple[int, ...]:
         return tuple(s.address for s in self.symbols.named(part.name))
+
+    def position(self, place: int) -> tuple[int, int]:
+        return (0, place)
 
     def compare(
         self, unit: UnitObject, special: SpecialSections, part: Part, place: int, findings: Findings
@@ -194,6 +200,12 @@ class _LinkedComparison:
                 if self._bytes(target, len(content)) == content:
                     return None
                 return f"it should refer to {content[:40]!r}, but at {target:#x} lies something else"
+            case RefKind.EMPTY:
+                target = target_of(value, kind, place, ref.addend)
+                names = [s.name for s in self.binary.symbols.at(target)]
+                if base_name(ref.name) in map(base_name, names):
+                    return None
+                return f"it should refer to {ref.name}, but leads to {_place(names, target)}"
             case RefKind.OPAQUE:
                 target = target_of(value, kind, place, -self.unit.tail(section, reloc))
                 return self._satellite(ref, target)
@@ -259,6 +271,10 @@ class ModuleBinary:
     def places(self, part: Part) -> tuple[int, ...]:
         found = self._by_name.get(part.name, [])
         return tuple(p.symbol for p in sorted(found, key=lambda p: p.symbol))
+
+    def position(self, place: int) -> tuple[int, int]:
+        part = self._by_symbol[place]
+        return (part.section, part.start)
 
     def compare(
         self, unit: UnitObject, special: SpecialSections, part: Part, place: int, findings: Findings
@@ -340,7 +356,12 @@ class _RelocatableComparison:
     def _meaning(self, section: Section, x: Reloc, other: Section, y: Reloc) -> str | None:
         a, b = self.unit.ref(section, x), self.module.ref(other, y)
         match a.kind:
+            case RefKind.EMPTY:
+                return self._empty(a, other, y)
             case RefKind.PART:
+                beside = self._beside(a, y)
+                if beside is not None:
+                    return self._part_at(self.unit.parts[a.name], beside)
                 if b.kind is not RefKind.PART or a.addend != b.addend:
                     return f"it should refer to {a.name}{a.addend:+#x}, but refers to {b.name}{b.addend:+#x}"
                 return self._part_at(self.unit.parts[a.name], self.module.parts[b.name])
@@ -365,6 +386,30 @@ class _RelocatableComparison:
                 return f"it should refer to the constant {a.content.hex()}"
             case RefKind.OPAQUE:
                 return self._satellite(a, b)
+
+    def _beside(self, a: Ref, y: Reloc) -> Part | None:
+        """The module's variable meant by an operand that lies behind its end (``table + ARRAY_SIZE``).
+
+        The module's relocation counts from the section, so the place looks like the next variable's.
+        """
+        symbol = self.module.elf.symbols[y.symbol]
+        ours = self.unit.parts[a.name]
+        if not symbol.defined or ours.kind is not PartKind.DATA:
+            return None
+        for theirs in self.module.parts_in(symbol.section):
+            if theirs.name == ours.name and theirs.start + a.addend == symbol.value + y.addend:
+                return theirs
+        return None
+
+    def _empty(self, a: Ref, other: Section, y: Reloc) -> str | None:
+        symbol = self.module.elf.symbols[y.symbol]
+        place = symbol.value + y.addend + self.module.tail(other, y)
+        for known in self.module.elf.symbols:
+            if (known.section, known.value) == (symbol.section, place) and base_name(known.name) == base_name(
+                a.name
+            ):
+                return None
+        return f"it should refer to {a.name}, but refers to {symbol.name}{y.addend:+#x}"
 
     def _part_at(self, ours: Part, theirs: Part) -> str | None:
         known = self.seen.get(ours.key)

@@ -17,6 +17,7 @@ from kmend.core.errors import Refusal
 from kmend.core.target import VMLINUX
 from kmend.diff.select import Selection, is_init
 from kmend.diff.special import SpecialSections
+from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, RefKind, UnitObject
 from kmend.elf.model import STB_LOCAL, STT_FILE, STT_SECTION
 from kmend.module.resolve import Exported, Livepatched, Resolution
@@ -156,7 +157,10 @@ class Prover:
             return first
         if len(matches) > 1:
             known = self.known.get(part.key) or self._witness(part)
-            matches = [m for m in matches if m[0] == known]
+            if known is not None:
+                matches = [m for m in matches if m[0] == known]
+            else:
+                matches = self._between_neighbours(part, matches)
             if len(matches) != 1:
                 self._ambiguous(part.name, len(places))
                 return Mismatch(part.name, 0, part.name, part.name, "several functions match equally well")
@@ -187,6 +191,27 @@ class Prover:
                     if len(seen) == 1:
                         return next(iter(seen))
         return None
+
+    def _between_neighbours(
+        self, part: Part, matches: list[tuple[int, Findings]]
+    ) -> list[tuple[int, Findings]]:
+        """Those matches that lie where the unit lies: the linker puts a unit's code in one piece.
+
+        The piece is bounded by the unit's functions of the same section (without what
+        ``-ffunction-sections`` adds to its name) that have a unique name in the object and are proved.
+        """
+        places = []
+        here = section_class(self.old, part)
+        for other in self.old.functions():
+            candidates = self.binary.places(other)
+            if other.key == part.key or len(candidates) != 1 or section_class(self.old, other) != here:
+                continue
+            if self.binary.compare(self.old, self.special, other, candidates[0], Findings()) is None:
+                places.append(self.binary.position(candidates[0]))
+        if len(places) < 2:
+            return matches
+        low, high = min(places), max(places)
+        return [m for m in matches if low < self.binary.position(m[0]) < high]
 
     # -- names ---------------------------------------------------------------------
 
