@@ -53,6 +53,8 @@ CUSTOM = "@custom"
 SOURCE_ROOM = 1_750_000_000
 #: Files and folders of one source tree and one image, rounded up (83,000 + 5,000 for 6.1; 6.12 has more).
 INODES = 110_000
+#: Failures after which what is complete so far serves the next run; after others nothing is left.
+TRANSIENT = frozenset({"no-network", "download", "timeout", "stopped"})
 #: How often the size of running downloads is looked at, in seconds.
 POLL = 0.2
 
@@ -312,16 +314,16 @@ def _build(config: Config, work: Work, packages: debian.PackageSet, began: float
             ],
             seconds=round(time.monotonic() - began, 1),
         )
-    except KmendError as error:
-        if full := as_disk_full(error):
+    except (KmendError, OSError) as error:
+        reason = error if isinstance(error, KmendError) else prepare.os_error(error)
+        reason = as_disk_full(reason) or reason
+        if reason.rule in TRANSIENT:
+            _remove_quietly(folder / "headers")
+        else:
             _remove_quietly(folder, downloads)
-            raise full from error
-        raise
-    except OSError as error:
-        mended = prepare.os_error(error)
-        if mended.rule == "disk-full":
-            _remove_quietly(folder, downloads)
-        raise mended from error
+        if reason is error:
+            raise
+        raise reason from error
     _remove_quietly(downloads)
     return target
 
@@ -390,6 +392,15 @@ class _Parts:
         for name in (".config", "Module.symvers", ".kernelvariables"):
             if not (root / name).is_file():
                 raise _bad_package(package, f"it has no {name}")
+        if re.search(r"^CONFIG_PREEMPT_RT=y$", (root / ".config").read_text(), re.MULTILINE):
+            raise Unable(
+                f"{self.packages.release} is a real-time kernel",
+                why="Debian builds it with the patches of debian/patches-rt, which "
+                f"{self.packages.source.name} does not contain",
+                next_step="apply those patches of the source package to a tree and name it: "
+                "kmend kernel fetch --source DIR --config FILE --vmlinux FILE",
+                rule="rt-source",
+            )
         shutil.copyfile(root / ".config", self.folder / "config")
         shutil.copyfile(root / "Module.symvers", self.folder / "symvers")
         return _Headers(
