@@ -70,6 +70,7 @@ class Guest:
         self._control: Channel | None = None
         self._clock = Timings()
         self.shared = False
+        self._abandoned = False
 
     @classmethod
     def of(
@@ -116,6 +117,8 @@ class Guest:
             try:
                 self._restore(snapshot)
             except (Failed, Hangup):
+                if self._abandoned:
+                    raise
                 # whatever is wrong with it, a fresh one tells whether it was the snapshot
                 self.close()
                 self._host.discard(snapshot)
@@ -150,6 +153,12 @@ class Guest:
         if self._machine is not None:
             self._machine.close()
 
+    def abandon(self) -> None:
+        """From another thread: kill the guest now or as soon as it starts; who uses it gets LostGuest."""
+        self._abandoned = True
+        if self._machine is not None:
+            self._machine.kill()
+
     def run(
         self,
         command: str | Sequence[str],
@@ -165,8 +174,8 @@ class Guest:
         ``command`` is text for the guest's shell, or a list of words. The shell is busybox's, which runs its
         own ``cat``, ``dd``, ``mount`` and so on before any other: that is quick, and the same on every host.
         Name a program by its path (``/usr/bin/dd``), or run a script with a ``#!`` line, to have the host's.
-        ``timeout`` is in seconds. With ``oops_grace`` a command is given only so many more seconds once the kernel has oopsed:
-        what waits for a lock of a dead task waits forever.
+        ``timeout`` is in seconds. With ``oops_grace`` a command is given only so many more seconds once the
+        kernel has oopsed: what waits for a lock of a dead task waits forever.
 
         Raises:
             CommandTimeout: it took longer and was killed, with all of its process group.
@@ -261,6 +270,8 @@ mount -t 9p -o {_9P} modules {modules}
         with self._clock.measure("restore"):
             machine = self._host.restore(snapshot)
             self._machine = machine
+            if self._abandoned:
+                raise LostGuest("it was given up", ())
             self._main, self._control = Channel(machine.main), Channel(machine.control)
             try:
                 machine.greeted()
