@@ -326,10 +326,8 @@ class _Patched(_Observer):
     def _reason(self, said: str) -> str:
         """What the tool said, with what the kernel said about it."""
         log = self._since_mark(self.guest.dmesg())
-        tail = [
-            message.text for message in log[-6:] if message.livepatch or message.level <= kmsg.WARNING_LEVEL
-        ]
-        return "; ".join([said.strip().removeprefix("insmod: "), *tail])
+        words = [row.text for row in log[-8:] if row.livepatch or row.level < kmsg.WARNING_LEVEL]
+        return "; ".join(dict.fromkeys([said.strip().removeprefix("insmod: "), *words]))
 
 
 #: Ends with 0 when the transition is over and the patch enabled, 1 when it is not enabled.
