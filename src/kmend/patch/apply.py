@@ -387,7 +387,8 @@ def _patch(file: FilePatch, path: str, content: _Content, fuzz: int, refusals: l
         content.hunks.append(AppliedHunk(file.source, hunk, spot - head + 1, spot - expected, used))
         shift += len(fresh) - (stop - start)
         offset = spot - expected
-        at = stop
+        # like patch(1), the next hunk's context may overlap this one's, but nothing that this one changed
+        at = stop - (hunk.trailing - tail)
     content.lines, content.origins = lines, origins
 
 
@@ -442,7 +443,7 @@ def expected_at(hunk: Hunk) -> int:
 
 
 def locate(hunk: Hunk, lines: Sequence[bytes], lowest: int, offset: int, fuzz: int) -> Place | Misplaced:
-    """Find the one place of a hunk at or behind index ``lowest``.
+    """Find the one place of a hunk at or behind index ``lowest``, ignored context included.
 
     The line that the header names, moved by ``offset`` (the previous hunk's), is taken when
     the hunk matches there; else the only other match. ``fuzz`` counts as in patch(1): with
@@ -453,6 +454,8 @@ def locate(hunk: Hunk, lines: Sequence[bytes], lowest: int, offset: int, fuzz: i
         # nothing proves the place of a bare insertion, except in an empty file
         return Misplaced(Why.NO_CONTEXT) if lines else Place(0, 0, (0, 0))
     context = max(hunk.leading, hunk.trailing)
+    # a line without newline is a file's last: put anywhere else it would join the next one
+    ends_file = not all(row.text.endswith(b"\n") for row in hunk.lines)
     for level in range(min(fuzz, context) + 1):
         head = level + hunk.leading - context
         tail = level + hunk.trailing - context
@@ -464,10 +467,10 @@ def locate(hunk: Hunk, lines: Sequence[bytes], lowest: int, offset: int, fuzz: i
         if not wanted:
             break
         expected = expected_at(hunk) + offset + head
-        found = matches(wanted, lines, lowest)
+        found = matches(wanted, lines, lowest + head)
         if at_start:
             found = [at for at in found if at == 0]
-        if at_end:
+        if at_end or ends_file:
             found = [at for at in found if at + len(wanted) == len(lines)]
         if expected in found:
             return Place(expected, level, (head, tail))
