@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kmend.core.config import Config, load
+from kmend.core.progress import Silent
+from kmend.core.target import Release, Target
+from kmend.kernel.store import fetch
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give all tests that boot a guest to one worker (``--dist loadgroup``), first of all.
@@ -15,3 +20,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("lab") is not None:
             item.add_marker(pytest.mark.xdist_group("lab"))
     items.sort(key=lambda item: item.get_closest_marker("lab") is None)
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    """The settings of whoever runs the tests: prepared kernels are shared with daily use."""
+    return load()
+
+
+@pytest.fixture(scope="session")
+def target_55(config: Config) -> Target:
+    """Debian 6.1.192-1, the kernel with the ext4 crash; downloaded and prepared on first use."""
+    return fetch(config, Release("6.1.0-55-amd64"), Silent())
+
+
+@pytest.fixture(scope="session")
+def target_56(config: Config) -> Target:
+    """Debian 6.1.192-2, which has the ext4 fix."""
+    return fetch(config, Release("6.1.0-56-amd64"), Silent())

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import capstone
+
+
+#: capstone shows a sign-extended immediate as a 64-bit number; ``$-22`` is what one looks for.
+_HUGE = re.compile(r"\$(\d{19,20})\b")
+
+
+def _signed(match: re.Match[str]) -> str:
+    value = int(match[1])
+    return f"${value - (1 << 64) if value >> 63 else value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ def decode(code: bytes, *, address: int = 0) -> tuple[Insn, ...]:
     ``address`` is where the code lies: branch targets in the text are computed from it.
     """
     return tuple(
-        Insn(start - address, length, f"{mnemonic} {operands}".strip())
+        Insn(start - address, length, _HUGE.sub(_signed, f"{mnemonic} {operands}".strip()))
         for start, length, mnemonic, operands in _engine().disasm_lite(code, address)
     )
 
