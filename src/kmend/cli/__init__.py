@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return guarded(args)
+        status = guarded(args)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         # the reader went away (`kmend … | head`); nothing is wrong, and Python's own flush must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -233,7 +235,7 @@ def text_of(error: KmendError) -> str:
         lines.append(f"kmend: {reason.what}")
         for label, text in (("why", reason.why), ("next", reason.next_step)):
             if text:
-                indented = text.rstrip().replace("\n", "\n       ")
+                indented = text.rstrip().replace("\n", "\n        ")
                 lines.append(f"  {label}:{' ' * (5 - len(label))}{indented}")
     if error.artefacts:
         lines.append(f"  kept: {error.artefacts}")

@@ -1,0 +1,91 @@
+"""doctor: finds what lacks, says the command, and shares its list with the Makefile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kmend.cli import doctor, main
+from kmend.cli.doctor import NEEDS, Need, apt_command, cache_lacks, is_there, missing, read_needs
+from kmend.core.errors import Failed
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_list_is_sound() -> None:
+    needs = read_needs(NEEDS)
+    assert {"gcc-12", "qemu-system-x86", "busybox-static", "libelf-dev", "dwarves"} <= {
+        n.package for n in needs
+    }
+    for need in needs:
+        assert need.verbs
+        assert need.purpose
+
+
+def test_damaged_list_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "n").write_text("gcc | gcc | build\n")
+    with pytest.raises(Failed, match="3 fields"):
+        read_needs(tmp_path / "n")
+
+
+def test_packages_exist_in_debian() -> None:
+    """Each name is one that apt knows (where this machine has package lists)."""
+    names = sorted({need.package for need in read_needs(NEEDS)})
+    done = subprocess.run(
+        ["apt-cache", "show", "--no-all-versions", *names], capture_output=True, check=False
+    )
+    known = {line.split()[1] for line in done.stdout.decode().splitlines() if line.startswith("Package: ")}
+    if "gcc" not in known:
+        pytest.skip("no package lists on this machine")
+    assert known >= set(names)
+
+
+def test_is_there(tmp_path: Path) -> None:
+    (tmp_path / "tool").write_text("")
+    (tmp_path / "tool").chmod(0o755)
+    assert is_there("tool", str(tmp_path))
+    assert not is_there("kmend-no-such-tool", str(tmp_path))
+    assert is_there(str(tmp_path / "to*"))
+    assert not is_there(str(tmp_path / "x*"))
+
+
+def test_missing_names_package_verbs_and_one_command(tmp_path: Path) -> None:
+    needs = (Need("gcc-12", "gcc-12", ("build",), "compiles"), Need("make", "make", ("build",), "makes"))
+    lacks = missing(needs, tmp_path, there=lambda proof: proof == "make", machine="x86_64")
+    lacks = [lack for lack in lacks if lack.package]
+    assert [(lack.what, lack.verbs) for lack in lacks] == [("gcc-12", ("build",))]
+    assert apt_command(lacks).endswith("apt-get install --no-install-recommends gcc-12")
+    assert apt_command([]) == ""
+    assert any("aarch64" in lack.what for lack in missing((), tmp_path, machine="aarch64"))
+
+
+def test_cache_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    assert "written" in cache_lacks(tmp_path / "file" / "cache")[0].what
+    monkeypatch.setattr(doctor, "ROOM_PER_TARGET", 10**18)
+    assert "GB free" in cache_lacks(tmp_path / "new")[0].why
+
+
+def test_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = tmp_path / "needs"
+    needs.write_text("sh | sh | build | runs\nnone | kmend-no-such-tool | try | is missed\n")
+    monkeypatch.setattr(doctor, "NEEDS", needs)
+    monkeypatch.setattr(doctor, "ROOM_PER_TARGET", 0)
+    assert main(["doctor", "--json", "--cache", str(tmp_path)]) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["verbs"] == {"build": True, "try": False, "diff": True, "check": True, "info": True}
+    assert [row["package"] for row in document["lacks"]] == ["none"]
+    assert document["command"].endswith("none")
+    assert main(["doctor", "build", "--cache", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "build    ready\n"
+    assert main(["doctor", "--cache", str(tmp_path)]) == 3
+    assert "lacks kmend-no-such-tool" in capsys.readouterr().out
+    assert main(["doctor", "nonsense"]) == 2
+
+
+def test_setup_reads_the_same_list() -> None:
+    assert str(NEEDS.relative_to(ROOT)) in (ROOT / "scripts/setup").read_text()
+    assert str(NEEDS.relative_to(ROOT)) in (ROOT / "Makefile").read_text()
