@@ -23,7 +23,7 @@ from kmend.core.run import Result, environment, run
 from kmend.core.target import Target
 
 FILE = "kbuild-env.json"
-_FORMAT = 1
+_FORMAT = 2
 
 #: A goal of ours inside of the top Makefile: what a recipe there sees is what a sub-make is given.
 _PRINT_ENVIRONMENT = "kmend-environment: ; @env -0\n"
@@ -44,14 +44,16 @@ _INHERITED = re.compile(r"KBUILD_\w*FLAGS\w*|LINUXINCLUDE|NOSTDINC_FLAGS|\w*FLAG
 class KbuildEnvironment:
     """What ``scripts/Makefile.build`` needs.
 
-    ``variables`` is the top Makefile's environment, ``directories`` maps every directory that
-    kbuild visits to the variables in which its parents changed that, ``builtin`` names the
-    directories whose objects are linked into vmlinux. ``vmlinux_objtool`` is objtool's command
-    for vmlinux.o, without the file, where it runs on that (IBT kernels); else empty.
+    ``variables`` is the top Makefile's environment, ``directories`` maps a directory to the
+    variables that its parents changed for it, ``visited`` names every directory that kbuild
+    descends into, ``builtin`` those of them whose objects are linked into vmlinux.
+    ``vmlinux_objtool`` is objtool's command for vmlinux.o, without the file, where it runs on that
+    (IBT kernels); else empty.
     """
 
     variables: Mapping[str, str]
     directories: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    visited: frozenset[str] = frozenset()
     builtin: frozenset[str] = frozenset()
     vmlinux_objtool: tuple[str, ...] = ()
 
@@ -164,7 +166,8 @@ def save(target: Target, kbuild: KbuildEnvironment) -> None:
     document = {
         "format": _FORMAT,
         "variables": dict(kbuild.variables),
-        "directories": {name: dict(changes) for name, changes in kbuild.directories.items()},
+        "directories": {name: dict(changes) for name, changes in kbuild.directories.items() if changes},
+        "visited": sorted(kbuild.visited),
         "builtin": sorted(kbuild.builtin),
         "vmlinux_objtool": list(kbuild.vmlinux_objtool),
     }
@@ -194,6 +197,7 @@ def _load(path: Path, _mtime: int, _size: int) -> KbuildEnvironment:
         return KbuildEnvironment(
             document["variables"],
             document["directories"],
+            frozenset(document["visited"]),
             frozenset(document["builtin"]),
             tuple(document["vmlinux_objtool"]),
         )

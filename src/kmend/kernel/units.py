@@ -191,6 +191,7 @@ def build_unit_index(target: Target, progress: Progress) -> None:
     kbuild = dataclasses.replace(
         kbuild,
         directories=listing.inherited,
+        visited=frozenset(listing.inherited),
         builtin=frozenset(listing.builtin),
         vmlinux_objtool=_vmlinux_objtool(target, kbuild),
     )
