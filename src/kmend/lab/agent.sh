@@ -27,6 +27,22 @@ fi
 exec 3<>"$device"
 # the agent must outlive whatever the script does to the memory; commands start at 0 again
 echo -1000 >/proc/self/oom_score_adj
+
+answer() { # ID STATUS
+    set -- "$1" "$2" $(stat -c %s "$work/$1.out" "$work/$1.err")
+    echo "done $1 $2 $3 $4" >&3
+    if [ "$3" -gt 0 ]; then head -c "$3" "$work/$1.out" >&3; fi
+    if [ "$4" -gt 0 ]; then head -c "$4" "$work/$1.err" >&3; fi
+    rm -f "$work/$1".* "$work/current"
+}
+
+# an agent before this one was killed by the command that it ran, or together with it
+if [ -e "$work/current" ]; then
+    read -r id <"$work/current"
+    read -r pid <"$work/pid"
+    kill -KILL -"$pid" 2>/dev/null
+    answer "$id" 137
+fi
 while read -r word id script input <&3; do
     [ "$word" = run ] || continue
     base=$work/$id
@@ -36,13 +52,10 @@ while read -r word id script input <&3; do
         dd bs=65536 count="$input" iflag=fullblock,count_bytes <&3 >"$base.in" 2>"$base.err"
         source=$base.in
     fi
+    : >"$base.out"
     setsid sh "$base.sh" <"$source" >"$base.out" 2>"$base.err" 3>&- &
     echo $! >"$work/pid"
+    echo "$id" >"$work/current"
     wait $!
-    status=$?
-    set -- $(stat -c %s "$base.out" "$base.err")
-    echo "done $id $status $1 $2" >&3
-    if [ "$1" -gt 0 ]; then head -c "$1" "$base.out" >&3; fi
-    if [ "$2" -gt 0 ]; then head -c "$2" "$base.err" >&3; fi
-    rm -f "$base".*
+    answer "$id" $?
 done
