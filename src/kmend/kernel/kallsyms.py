@@ -238,7 +238,11 @@ def check(target: Target, rows: list[tuple[int, str, str]]) -> None:
         if banner is None or len(banner) != 1:
             raise _wrong(target, "there is no linux_banner")
         wanted = target.banner.encode()
-        if image.read(banner[0], len(wanted)) != wanted:
+        try:
+            found = image.read(banner[0], len(wanted))
+        except Failed as error:
+            raise _wrong(target, f"linux_banner: {error.what}: {error.why}") from error
+        if found != wanted:
             raise _wrong(target, f"linux_banner ({banner[0]:#x}) does not hold the target's banner")
         for address, letter, name in rows:
             if letter in "tT" and address >= _KERNEL_HALF:
