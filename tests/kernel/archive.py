@@ -43,7 +43,9 @@ class Deb:
         )
 
 
-def make_deb(folder: Path, name: str, version: str, architecture: str, files: dict[str, bytes], depends="") -> Deb:
+def make_deb(
+    folder: Path, name: str, version: str, architecture: str, files: dict[str, bytes], depends: str = ""
+) -> Deb:
     """Build a real .deb with dpkg-deb."""
     root = folder / f"{name}_{version}"
     control = (
@@ -99,7 +101,7 @@ class Archive:
     url: str = ""
 
     def publish(self, signer: Signer, archive: str, moment: str, suite: str, debs: list[Deb]) -> None:
-        """Put a signed suite below ``/archive/ARCHIVE/MOMENT/``, and what the interface says of its packages."""
+        """Put a signed suite below ``/archive/ARCHIVE/MOMENT/``, and its packages into the interface."""
         root = f"/archive/{archive}/{moment}"
         packages = "\n".join(deb.stanza() for deb in debs).encode()
         packed = gzip.compress(packages)

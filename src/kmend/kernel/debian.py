@@ -32,7 +32,7 @@ from kmend.core.target import Release
 from kmend.kernel.work import Work, disk_full
 
 #: A Debian kernel release: ``6.1.0-55-amd64``, ``6.12.117+deb12-cloud-amd64``.
-RELEASE = re.compile(r"^(?P<line>[0-9]+\.[0-9]+)[0-9A-Za-z.+~_-]*$")
+RELEASE = re.compile(r"^(?P<line>[0-9]+\.[0-9]+)[0-9A-Za-z.+~_-]*\Z")
 
 #: What apt says when it does not reach a server, as opposed to an answer that it does not like.
 _OFFLINE = re.compile(

@@ -59,19 +59,21 @@ def _zstd(data: bytes) -> bytes:
 def _lz4(data: bytes) -> bytes:
     import lz4.block  # noqa: PLC0415 - hardly any kernel needs it
 
-    out, at = [], 4
+    out: list[bytes] = []
+    at, total = 4, 0
     while at + 4 <= len(data):
         (size,) = struct.unpack_from("<I", data, at)
         at += 4
-        if size == 0 or at + size > len(data):
-            break  # the unpacked size that the build appends
+        if size == total:
+            return b"".join(out)  # the unpacked size, which the build appends, ends the blocks
         try:
             block: bytes = lz4.block.decompress(data[at : at + size], uncompressed_size=LZ4_BLOCK)
         except lz4.block.LZ4BlockError as error:
             raise ValueError(str(error)) from error
         out.append(block)
+        total += len(block)
         at += size
-    return b"".join(out)
+    raise ValueError("cut short")
 
 
 @dataclass(frozen=True, slots=True)

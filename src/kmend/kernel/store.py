@@ -34,7 +34,7 @@ from typing import Any
 
 from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable, UsageError
-from kmend.core.files import locked, write_atomically
+from kmend.core.files import write_atomically
 from kmend.core.progress import Progress
 from kmend.core.run import Children, run
 from kmend.core.target import Release, Target
@@ -43,7 +43,7 @@ from kmend.kernel import modules as modules_index
 from kmend.kernel.image import Banner, Bytes, extract_vmlinux, mapped, read_banner, read_build_id
 from kmend.kernel.snapshot import Snapshot
 from kmend.kernel.unpack import decompress_modules, unpack_deb, unpack_source
-from kmend.kernel.work import Shared, Work, as_disk_full, disk_full
+from kmend.kernel.work import Shared, Work, as_disk_full, disk_full, owned
 
 SCHEMA = 1
 #: Raised whenever the files of an index change their form: targets prepared before get new ones.
@@ -333,6 +333,8 @@ def _parallel(
 ) -> Target:
     """The parts side by side: the image is unpacked and indexed while the source is unpacked and prepared."""
     work = replace(work, children=Children())
+    if _present(downloads, packages) < sum(p.size for p in packages.all):
+        work.progress.step(_download_text(packages))
     parts = _Parts(config, work, packages, folder, downloads)
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="kmend-fetch") as pool:
         headers = pool.submit(parts.headers)
@@ -352,10 +354,10 @@ def _watch(work: Work, packages: debian.PackageSet, downloads: Path, futures: Se
     """Wait for the parts, showing how far the downloads are; raise the failure that came first."""
     total = sum(p.size for p in packages.all)
     names = [p.file_name for p in packages.all]
-    text = f"downloading {total / 1e6:.0f} MB of packages"
+    text = _download_text(packages)
     progress = work.progress
     pending: set[Future[Any]] = set(futures)
-    shown = 0.0
+    shown = time.monotonic()
     while pending:
         finished, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
         errors = [e for f in finished if (e := f.exception())]
@@ -678,7 +680,7 @@ def _working(config: Config, key: Release, progress: Progress) -> Iterator[Work]
     """Hold the lock of one target; errors of the system leave as ours."""
     try:
         config.targets.mkdir(parents=True, exist_ok=True)
-        with locked(
+        with owned(
             config.targets / f".{key}.lock",
             on_wait=lambda: progress.step(f"another kmend is preparing {key}; waiting for it"),
         ) as lock:
@@ -781,6 +783,10 @@ def _need_room(config: Config, room: int) -> None:
         raise disk_full(f"{there} has {free / 1e9:.2f} GB free, the kernel needs {room / 1e9:.2f} GB")
     if space.f_files and space.f_favail < INODES:
         raise disk_full(f"{there} has room for {space.f_favail} more files, the kernel needs {INODES}")
+
+
+def _download_text(packages: debian.PackageSet) -> str:
+    return f"downloading {sum(p.size for p in packages.all) / 1e6:.0f} MB of packages"
 
 
 def _present(downloads: Path, packages: debian.PackageSet) -> int:
