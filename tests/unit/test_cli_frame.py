@@ -32,16 +32,9 @@ def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
         module = ModuleType("kmend_probe")
         module.__dict__["configure"] = lambda parser: parser.add_argument("--flag")
         module.__dict__["run"] = lambda args, context: body(context)
-        module.__spec__ = importlib_spec("kmend_probe")
         monkeypatch.setitem(sys.modules, "kmend_probe", module)
 
     yield install
-
-
-def importlib_spec(name: str):  # type: ignore[no-untyped-def]  # only the machinery's type has a name here
-    from importlib.machinery import ModuleSpec  # noqa: PLC0415  # used by this fixture alone
-
-    return ModuleSpec(name, None)
 
 
 def raising(error: BaseException) -> Run:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import logging
 import os
 import signal
@@ -168,9 +167,8 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"kmend {__version__}")
     verbs: Any = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
     for row in VERBS:
-        if importlib.util.find_spec(row.module) is not None:
-            verb = verbs.add_parser(row.name, help=row.help, description=row.help, parents=[common])
-            verb.module = row.module
+        verb = verbs.add_parser(row.name, help=row.help, description=row.help, parents=[common])
+        verb.module = row.module
     return top
 
 
