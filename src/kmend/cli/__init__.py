@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -165,7 +164,10 @@ def parser() -> Parser:
         parents=[common],
     )
     top.add_argument("--version", action="version", version=f"kmend {__version__}")
-    verbs: Any = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
+    # with `prog` given, argparse need not format a usage line for it (which imports much)
+    verbs: Any = top.add_subparsers(
+        dest="verb", metavar="VERB", required=True, parser_class=VerbParser, prog="kmend"
+    )
     for row in VERBS:
         verb = verbs.add_parser(row.name, help=row.help, description=row.help, parents=[common])
         verb.module = row.module
@@ -203,6 +205,8 @@ def context_of(arguments: argparse.Namespace) -> Context:
 
 def show_log() -> None:
     """``--debug``: every command line and note of the library on stderr."""
+    import logging
+
     logger = logging.getLogger("kmend")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("kmend: %(relativeCreated)7.0f ms  %(message)s"))
