@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from kmend.core.kmsg import KernelMessage, KernelReport
@@ -11,8 +12,9 @@ from kmend.core.trial import Outcome, PatchTrial, Phase, ScriptRun, Side, SysfsP
 SCHEMA = 1
 #: People's text shows so many of a stream's last lines; the JSON document and --keep have all.
 SHOWN_LINES = 40
-#: People's text shows so many lines of an oops: headline, registers, the calls that matter.
-SHOWN_OOPS = 45
+#: People's text shows so many lines of an oops, without registers and what the stack only may hold.
+SHOWN_OOPS = 40
+_NOISE = re.compile(r"^(?:R[A-Z0-9]{2}: |[CDEFG]S: |CR\d: |PKRU: |Code: |#PF: |PGD | \? )")
 
 _PHASES = {
     Phase.STOCK: "stock kernel",
@@ -194,16 +196,20 @@ def _evidence(side: Side, name: str) -> Iterator[str]:
                 yield from _indented(text.rstrip("\n").splitlines(), SHOWN_LINES, last=True)
     for oops in side.oopses:
         yield from ("", f"oops on the {name}:")
-        yield from _indented(oops.lines, SHOWN_OOPS, last=False)
+        yield from _indented(_readable(oops.lines), SHOWN_OOPS, last=False)
     for warning in side.warnings:
         yield from ("", f"warning on the {name}:")
-        yield from _indented(warning.lines, SHOWN_OOPS, last=False)
+        yield from _indented(_readable(warning.lines), SHOWN_OOPS, last=False)
     if messages := [_message_text(row) for row in side.messages if row.livepatch]:
         yield from ("", f"livepatch messages of the {name}:")
         yield from _indented(messages, SHOWN_LINES, last=True)
     if side.lost:
         yield from ("", f"the {name} was lost: {side.lost}; the console's last lines:")
         yield from _indented(side.console, SHOWN_LINES, last=True)
+
+
+def _readable(lines: Iterable[str]) -> list[str]:
+    return [line for line in lines if not _NOISE.match(line)]
 
 
 def _indented(lines: Iterable[str], limit: int, *, last: bool) -> Iterator[str]:
