@@ -38,6 +38,9 @@ _DYNDBG = ("__dyndbg",)
 _INFORMATION = (".modinfo", ".printk_index")
 #: Read-only data without an identity: GCC's own names for it, and the name of the function.
 _COPIED = frozenset({"__func__", "__PRETTY_FUNCTION__", "__FUNCTION__", "CSWTCH"})
+#: Static locals that only say whether, or how often, a message was printed: where their twin cannot be told,
+#: a fresh one does (include/linux/once_lite.h, include/linux/ratelimit.h, include/linux/once.h).
+_FRESH = frozenset({"_rs", "__already_done", "__warned", "__print_once", "___done", "___once_key"})
 
 
 class LinkKind(Enum):
@@ -414,7 +417,11 @@ class _Selector:
                 "so calls between them carry no relocation",
                 "leave the change to the next reboot",
             )
-        elif part.kind is PartKind.DATA and part.key in self.diff.twins.ambiguous:
+        elif (
+            part.kind is PartKind.DATA
+            and part.key in self.diff.twins.ambiguous
+            and base_name(part.name) not in _FRESH
+        ):
             self.refuse(
                 "static-local-ambiguous",
                 part.name,

@@ -5,7 +5,7 @@ Certain matches come first, each with the level that found it:
 ``name``     same name and kind; not for the numbered names that GCC makes up itself
 ``clone``    the only clone of a function on both sides (``foo.part.0`` / ``foo.part.1``)
 ``counter``  names with a ``__COUNTER__`` in them (``__UNIQUE_ID_…``) and equal contents
-``use``      numbered static locals that a function with the same code uses at the same place
+``use``      numbered static locals that a twin with the same bytes uses at the same place
 ``only``     the only numbered static local of its name, used by a function of the same name
 ``order``    several of one name in one function, as many before as after: in order of use
 ``contents`` read-only text such as ``__func__.12`` that nothing tells apart but what it says
@@ -125,24 +125,23 @@ class _Locals:
 
     def __init__(self, old: UnitObject, new: UnitObject, original: dict[str, str]) -> None:
         self.old, self.new = old, new
-        self.functions = {
-            key: twin for key, twin in original.items() if new.parts[key].kind is PartKind.FUNCTION
-        }
+        #: functions and variables whose own twin is certain
+        self.users = dict(original)
         self.new_locals = {p.key: p for p in new.variables() if numbered(p)}
         self.old_locals = {p.key: p for p in old.variables() if numbered(p)}
 
     def _uses(self, unit: UnitObject, wanted: dict[str, Part]) -> dict[str, list[tuple[int, str]]]:
-        """For each function the numbered locals that it refers to, by place."""
+        """For each function and variable the numbered locals that it refers to, by place."""
         out: dict[str, list[tuple[int, str]]] = {}
-        for function in unit.functions():
-            section = unit.section_of(function)
+        for user in unit.parts.values():
+            section = unit.section_of(user)
             found = []
-            for reloc in unit.relocs(function):
+            for reloc in unit.relocs(user):
                 ref = unit.ref(section, reloc)
                 if ref.kind is RefKind.PART and ref.name in wanted:
-                    found.append((reloc.offset - function.start, ref.name))
+                    found.append((reloc.offset - user.start, ref.name))
             if found:
-                out[function.key] = found
+                out[user.key] = found
         return out
 
     def _alike(self, new_key: str, old_key: str) -> bool:
@@ -159,9 +158,9 @@ class _Locals:
         old_uses = self._uses(self.old, self.old_locals)
         new_uses = self._uses(self.new, self.new_locals)
         votes: dict[str, set[str]] = {}
-        for function, uses in new_uses.items():
-            twin = self.functions.get(function)
-            if twin is None or self.new.code(self.new.parts[function]) != self.old.code(self.old.parts[twin]):
+        for user, uses in new_uses.items():
+            twin = self.users.get(user)
+            if twin is None or self.new.code(self.new.parts[user]) != self.old.code(self.old.parts[twin]):
                 continue
             before = old_uses.get(twin, [])
             if [at for at, _ in before] != [at for at, _ in uses]:
@@ -191,9 +190,9 @@ class _Locals:
     ) -> None:
         def users(uses: dict[str, list[tuple[int, str]]]) -> dict[str, set[str]]:
             who: dict[str, set[str]] = {}
-            for function, rows in uses.items():
+            for user, rows in uses.items():
                 for _, key in rows:
-                    who.setdefault(key, set()).add(base_name(function))
+                    who.setdefault(key, set()).add(base_name(user))
             return who
 
         def groups(parts: dict[str, Part], skip: Iterable[str]) -> dict[str, list[str]]:
@@ -221,8 +220,8 @@ class _Locals:
         old_uses: dict[str, list[tuple[int, str]]],
         new_uses: dict[str, list[tuple[int, str]]],
     ) -> None:
-        for function, uses in new_uses.items():
-            twin = self.functions.get(function)
+        for user, uses in new_uses.items():
+            twin = self.users.get(user)
             if twin is None:
                 continue
             left_new = _in_order(key for _, key in uses if key not in out)
