@@ -2,11 +2,11 @@
 
 The original is compiled in the prepared tree, the patched one in an overlay of it: both run with
 the tree as the working directory and the same relative paths, so that ``__FILE__``, ``-I`` and the
-line tables agree and only the patch makes a difference. Nothing is written inside of either tree.
+line numbers agree and only the patch makes a difference. Nothing is written inside of either tree.
 
 **Why -g is dropped.** GCC generates the same code with and without it (``-fcompare-debug`` is how
-GCC holds itself to that), and provenance compares the bytes afterwards anyway; without it a large
-unit compiles a third faster.
+GCC holds itself to that), and provenance compares the bytes afterwards anyway; without it
+fs/ext4/mballoc.c takes a tenth to a fifth less time, and its object an eighth of the space.
 
 **The cache of originals** works in two steps. The *command key* (compiler, objtool, arguments,
 source path) leads to a manifest: the files that such a compilation once read. The *object key* adds
@@ -89,7 +89,9 @@ def compile_unit(
 
     The object is complete or absent: compiler and objtool work on a file beside it, which gets
     its name when both have succeeded. objtool runs as the kernel runs it; where the kernel runs
-    it on the linked image (``late_objtool``), it runs here per unit with those arguments.
+    it on the linked image (``late_objtool``), it runs here per unit with those arguments. Then what
+    objtool concludes from the whole link does not hold for the unit: ``.ibt_endbr_seal`` lists
+    functions of which this unit alone takes no address, and must not be used.
 
     Raises:
         Failed: (rule ``compile-error``) the compiler's first errors are the reason; (rule

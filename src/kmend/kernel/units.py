@@ -455,14 +455,13 @@ _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+[<"]([^">]+)[">]')
 
 def _grep(target: Target, pattern: str, kinds: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(file, included path) of every matching #include line of the kernel proper."""
-    arch = f"arch/{_srcarch(target)}"
     top = sorted(
         entry.name
         for entry in os.scandir(target.source)
         if entry.is_dir() and entry.name not in _NOT_KERNEL and not entry.name.startswith(".")
     )
     result = run(
-        ["grep", "-rHE", *(f"--include=*.{kind}" for kind in kinds), "-e", pattern, *top, arch],
+        ["grep", "-rHE", *(f"--include=*.{kind}" for kind in kinds), "-e", pattern, *top, "arch/x86"],
         cwd=target.source,
         check=False,
     )
@@ -476,13 +475,8 @@ def _grep(target: Target, pattern: str, kinds: Iterable[str]) -> Iterator[tuple[
             yield file, match[1]
 
 
-#: Top folders without code of the kernel itself; ``arch`` is searched for the one that is built.
+#: Top folders without code of the kernel itself; of ``arch`` only x86 is searched.
 _NOT_KERNEL = {"Documentation", "LICENSES", "arch", "tools", "scripts", "samples"}
-
-
-def _srcarch(target: Target) -> str:
-    """``SRCARCH``: the folder of arch/ that the configuration is for."""
-    return "x86" if (target.source / "arch/x86").is_dir() else "none"
 
 
 def _includers(target: Target, compiled: set[str]) -> str:
