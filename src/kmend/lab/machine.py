@@ -101,7 +101,8 @@ def arguments(settings: MachineSettings, *, share_memory: bool) -> list[str]:
             "-object",
             f"memory-backend-file,id=mem,size={settings.memory}M,share={share},mem-path=/proc/self/fd/%mem%",
         ),
-        *("-machine", "pc,memory-backend=mem,vmport=off"),
+        # q35 rather than pc: the kernel finds less to probe, and boots about a second sooner under TCG
+        *("-machine", "q35,memory-backend=mem,vmport=off,sata=off,smbus=off,i8042=off"),
         *("-chardev", "file,id=console,path=/proc/self/fd/%console%", "-serial", "chardev:console"),
         *("-device", "virtio-serial-pci"),
         *("-chardev", "socket,id=main,fd=%main%", "-device", f"virtserialport,chardev=main,name={MAIN}"),
