@@ -5,20 +5,26 @@
 
 Each stage is a function of values; this file joins the pure stages to the edges that read
 the target and run the compiler.
+
+What comes after the compiler is imported where it is used (:data:`LATER` names it): a build begins
+with the compiler runs, and everything else that can be made ready is made ready beside them.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 import json
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kmend import __version__
 from kmend.core.config import Config
@@ -26,27 +32,33 @@ from kmend.core.errors import Failed, KmendError, Refusal, Refused, UsageError
 from kmend.core.files import write_atomically
 from kmend.core.progress import Progress, Timings
 from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
-from kmend.core.target import VMLINUX, Release, Target, Unit
-from kmend.diff.compare import ObjectDiff, compare
-from kmend.diff.select import Selection, select
-from kmend.diff.special import SpecialSections
-from kmend.diff.unit import PartKind, UnitObject, base_name
-from kmend.elf.model import SHN_UNDEF, ElfFile
-from kmend.elf.reader import read as read_elf
+from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Release, Target, Unit
 from kmend.kernel import compile as compiling
-from kmend.kernel import kallsyms, kbuild, modules, overlay, prepare, store, symvers
-from kmend.kernel.vmlinux import Image
-from kmend.module.assemble import MAX_NAME, ModuleSpec, UnitPatch, assemble
-from kmend.module.layout import Layout, glue_source, modinfo, read_layout
+from kmend.kernel import kbuild, overlay, prepare, store
 from kmend.patch.apply import Applied, apply
-from kmend.patch.definitions import edited_functions
 from kmend.patch.intake import parse
 from kmend.patch.lines import with_line_control
-from kmend.patch.model import PatchSet
 from kmend.patch.reach import Reach, reach
-from kmend.verify.provenance import VmlinuxBinary
-from kmend.verify.rules import Checked, TargetFacts, check, mcount_sites
-from kmend.verify.symbols import Proof, Prover, World, crcs_of
+
+if TYPE_CHECKING:
+    from kmend.diff.compare import ObjectDiff
+    from kmend.diff.select import Selection
+    from kmend.diff.unit import UnitObject
+    from kmend.elf.model import ElfFile
+    from kmend.module.layout import Layout
+    from kmend.patch.model import PatchSet
+    from kmend.verify.rules import Checked, TargetFacts
+    from kmend.verify.symbols import Proof, World
+
+#: The stages behind the compiler: loaded while it runs.
+LATER = (
+    "kmend.diff.compare",
+    "kmend.diff.select",
+    "kmend.verify.rules",
+    "kmend.verify.symbols",
+    "kmend.module.assemble",
+    "kmend.report.build",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,10 @@ class TargetView:
     """Lazily opened parts of a target: image, symbols, exports, modules, glue."""
 
     def __init__(self, config: Config, target: Target) -> None:
+        from kmend.kernel import kallsyms, symvers
+        from kmend.kernel.vmlinux import Image
+        from kmend.verify.provenance import VmlinuxBinary
+
         self.config, self.target = config, target
         self._modules: dict[str, UnitObject | None] = {}
         self._sites: dict[str, frozenset[int]] = {}
@@ -81,6 +97,9 @@ class TargetView:
 
     def glue(self) -> ElfFile:
         """``glue.c`` compiled for this target; made once."""
+        from kmend.elf.reader import read
+        from kmend.module.layout import glue_source
+
         source = glue_source()
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         path = self.target.folder / f"glue-{digest}.o"
@@ -88,7 +107,7 @@ class TargetView:
             with _scratch(self.config) as folder:
                 made = compiling.compile_snippet(self.target, source, out=folder, module_name="kmend")
                 write_atomically(path, made.read_bytes())
-        return read_elf(path.read_bytes(), path.name)
+        return read(path.read_bytes(), path.name)
 
     def module(self, name: str) -> UnitObject:
         """A module of the target, parsed.
@@ -102,6 +121,9 @@ class TargetView:
         return found
 
     def optional_module(self, name: str) -> UnitObject | None:
+        from kmend.diff.unit import UnitObject
+        from kmend.kernel import modules
+
         if name not in self._modules:
             known = modules.find(self.target, name)
             data = modules.module_file(self.target, name).path.read_bytes() if known else None
@@ -109,13 +131,19 @@ class TargetView:
         return self._modules[name]
 
     def dependencies(self, name: str) -> tuple[str, ...]:
-        return modules.module_dependencies(self.target, name)
+        from kmend.kernel.modules import module_dependencies
+
+        return module_dependencies(self.target, name)
 
     def world(self) -> World:
+        from kmend.verify.symbols import World
+
         return World(self.symbols, self.vmlinux, self.exports, self.module, self.dependencies)
 
     def traceable(self, obj: str, place: int) -> bool:
         """Whether ftrace can redirect the function: the object's ``__mcount_loc`` lists it."""
+        from kmend.verify.rules import mcount_sites
+
         if obj not in self._sites:
             if obj == VMLINUX:
                 self._sites[obj] = self._vmlinux_sites()
@@ -130,9 +158,11 @@ class TargetView:
             raise Failed("the image has no table of ftrace sites", rule="no-ftrace")
         start, stop = bounds[0][0].address, bounds[1][0].address
         data = self.image.read(start, stop - start)
-        return frozenset(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8))
+        return frozenset(struct.unpack(f"<{len(data) // 8}Q", data))
 
     def facts(self, layout: Layout, vermagic: str) -> TargetFacts:
+        from kmend.verify.rules import TargetFacts
+
         return TargetFacts(
             self.target.release,
             vermagic,
@@ -208,11 +238,11 @@ def module_name(request: BuildRequest) -> str:
         for suffix in (".gz", ".patch", ".diff"):
             stem = stem.removesuffix(suffix)
         name = "kmend_" + re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower()
-        name = name[:MAX_NAME].rstrip("_")
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or len(name) > MAX_NAME:
+        name = name[:MAX_MODULE_NAME].rstrip("_")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or len(name) > MAX_MODULE_NAME:
         raise UsageError(
             f"{request.name!r} is no name for a module",
-            why=f"letters, digits and underscores, at most {MAX_NAME} of them",
+            why=f"letters, digits and underscores, at most {MAX_MODULE_NAME} of them",
             next_step="name another one with -n",
             rule="module-name",
         )
@@ -271,18 +301,19 @@ class _Build:
         self.warnings: list[Refusal] = []
 
     def run(self) -> BuildReport:
+        from kmend.module.layout import read_layout
+
         measure = self.timings.measure
         with measure("prepare"):
             self._compiler()
             applied = self._apply()
             reached = self._reach(applied)
-            view = TargetView(self.config, self.target)
         with _scratch(self.config) as scratch:
             with measure("compile"):
-                pairs = self._compile(applied, reached, scratch)
+                pairs, view = self._compile(applied, reached, scratch)
             with measure("diff"):
                 self.progress.step("comparing")
-                layout = self._layout(view)
+                layout = read_layout(view.glue())
                 works = self._diff(pairs, layout)
                 if not works:
                     return self._nothing()
@@ -329,8 +360,9 @@ class _Build:
 
     def _compile(
         self, applied: Applied, reached: Reach, scratch: Path
-    ) -> list[tuple[Unit, UnitObject, UnitObject]]:
-        """Original and patched object of every unit."""
+    ) -> tuple[list[tuple[Unit, UnitObject, UnitObject]], TargetView]:
+        """Original and patched object of every unit; the target is opened while the compilers run."""
+        views: list[TargetView] = []
         files: dict[str, bytes | None] = {}
         for file in applied.files:
             if file.new != file.old:
@@ -348,7 +380,10 @@ class _Build:
             patched_tree=tree,
             out=scratch / "patched",
             progress=self.progress,
+            meanwhile=lambda: views.append(self._open()),
         )
+        from kmend.diff.unit import UnitObject
+
         out = []
         for unit, pair in pairs.items():
             behind = overlay.read_behind(tree, self.target.source, files, pair.patched.deps)
@@ -362,12 +397,21 @@ class _Build:
             old = UnitObject.parse(pair.original.path.read_bytes(), f"{unit.obj} (original)")
             new = UnitObject.parse(pair.patched.path.read_bytes(), f"{unit.obj} (patched)")
             out.append((unit, old, new))
-        return out
+        return out, views[0] if views else self._open()
 
-    def _layout(self, view: TargetView) -> Layout:
-        return read_layout(view.glue())
+    def _open(self) -> TargetView:
+        """The target, and the code of the stages to come: made ready while the compilers run."""
+        view = TargetView(self.config, self.target)
+        for name in LATER:
+            importlib.import_module(name)
+        view.glue()
+        view.symbols.named("_stext")  # the first question of all lets the table of names be made
+        return view
 
     def _diff(self, pairs: list[tuple[Unit, UnitObject, UnitObject]], layout: Layout) -> list[UnitWork]:
+        from kmend.diff.compare import compare
+        from kmend.diff.select import select
+
         works = []
         for unit, old, new in pairs:
             diff = compare(old, new, layout.special_sizes())
@@ -379,6 +423,8 @@ class _Build:
 
     def _share(self, works: list[UnitWork]) -> list[UnitWork]:
         """Let each unit bring along its new global functions and variables that another unit needs."""
+        from kmend.diff.select import select
+
         while True:
             wanted = {name for work in works for name in work.selection.externs}
             again = False
@@ -404,6 +450,8 @@ class _Build:
     def _prove(
         self, view: TargetView, work: UnitWork, shared: frozenset[str], layout: Layout, scratch: Path
     ) -> Proof:
+        from kmend.verify.symbols import Prover
+
         prover = Prover(view.world(), work.unit.owner, work.diff.old, work.diff.old_special)
         proof = prover.prove(work.selection, shared)
         if proof.mismatches:
@@ -419,6 +467,10 @@ class _Build:
         may differ from the kernel's in nothing but the length of such a jump. Compiled as the kernel was,
         it must be the very code.
         """
+        from kmend.diff.special import SpecialSections
+        from kmend.diff.unit import UnitObject
+        from kmend.verify.symbols import Prover
+
         command = kbuild.commands(self.target, [work.unit])[work.unit]
         made = compiling.compile_unit(
             self.target,
@@ -449,6 +501,10 @@ class _Build:
         layout: Layout,
         applied: Applied,
     ) -> tuple[bytes, tuple[ObjectRow, ...]]:
+        from kmend.elf.model import SHN_UNDEF
+        from kmend.module.assemble import ModuleSpec, UnitPatch, assemble
+        from kmend.verify.symbols import crcs_of
+
         rows = self._rows(works, proofs, applied)
         report_hash = hashlib.sha256(
             json.dumps([[o.name, [[f.name, f.sympos, f.status] for f in o.functions]] for o in rows]).encode()
@@ -489,14 +545,21 @@ class _Build:
 
     def _check(self, view: TargetView, data: bytes, layout: Layout) -> None:
         """Hold the finished bytes against every rule, as ``kmend check`` would."""
+        from kmend.elf.reader import read
+        from kmend.module.layout import modinfo
+        from kmend.verify.rules import check
+
         vermagic = dict(modinfo(view.glue())).get("vermagic", "")
-        checked = check(read_elf(data, self.name), view.facts(layout, vermagic), self.name)
+        checked = check(read(data, self.name), view.facts(layout, vermagic), self.name)
         if checked.refusals:
             raise Refused(checked.refusals)
 
     def _rows(
         self, works: Sequence[UnitWork], proofs: Sequence[Proof], applied: Applied
     ) -> tuple[ObjectRow, ...]:
+        from kmend.diff.unit import PartKind, base_name
+        from kmend.patch.definitions import edited_functions
+
         edited = frozenset().union(*(edited_functions(file) for file in applied.files))
         objects: dict[str, list[FunctionRow]] = {}
         for work, proof in zip(works, proofs, strict=True):
@@ -550,6 +613,8 @@ class _Build:
 
 
 def _why(name: str, difference: str, edited: frozenset[str], inlined: list[str]) -> str:
+    from kmend.diff.unit import base_name
+
     if base_name(name) in edited:
         return "edited"
     if inlined:
@@ -567,7 +632,11 @@ def check_module(data: bytes, name: str, target: Target, config: Config) -> Chec
     Raises:
         UsageError: no ELF file, no livepatch module.
     """
-    elf = read_elf(data, name)
+    from kmend.elf.reader import read
+    from kmend.module.layout import modinfo, read_layout
+    from kmend.verify.rules import check
+
+    elf = read(data, name)
     view = TargetView(config, target)
     glue = view.glue()
     vermagic = dict(modinfo(glue)).get("vermagic", "")

@@ -26,6 +26,9 @@ from kmend.core.errors import Failed, KmendError, Refused, UsageError
 #: Status of a run that a signal ended, as shells count it.
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
+#: Seconds after which a thread that computes lets another one go on. Ours mostly start and await compilers;
+#: Python's 5 ms would hold each of their steps up for as long as the main thread loads code.
+SWITCH = 0.0005
 #: Takes kmend's own settings out of an environment.
 NO_SETTINGS = {f"KMEND_{row.key.upper()}": "" for row in config.SETTINGS}
 
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # names in a patch may be any bytes; a print of one must not end in a second error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.setswitchinterval(SWITCH)
     try:
         status = guarded(args)
         sys.stdout.flush()

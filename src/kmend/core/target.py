@@ -12,6 +12,9 @@ Release = NewType("Release", str)
 Address = NewType("Address", int)
 
 VMLINUX = "vmlinux"
+#: Longest name of a module: MODULE_NAME_LEN - 1 (include/linux/module.h); kernel/livepatch/core.c reads
+#: the object's name in a klp symbol with %55s.
+MAX_MODULE_NAME = 55
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -385,14 +385,16 @@ def compile_pairs(
     out: Path,
     progress: Progress,
     extra_flags: Sequence[str] = SPLIT_SECTIONS,
+    meanwhile: Callable[[], None] | None = None,
 ) -> dict[Unit, Pair]:
     """Original and patched object of every unit, at most ``config.jobs`` compilers at once.
 
     The patched objects come first in the queue: they are never cached, and an error of the author's
-    shows soonest there. When one fails the others are ended.
+    shows soonest there. When one fails the others are ended. ``meanwhile`` is called once they run,
+    for work that need not wait for them.
 
     Raises:
-        Failed: the first failure, as :func:`compile_unit`.
+        Failed: the first failure, as :func:`compile_unit`; what ``meanwhile`` raises.
     """
     if not commands:
         return {}
@@ -416,6 +418,8 @@ def compile_pairs(
     with ThreadPoolExecutor(max_workers=config.jobs, thread_name_prefix="compile") as pool:
         tasks = [pool.submit(work, unit, patched) for unit in commands for patched in (True, False)]
         try:
+            if meanwhile is not None:
+                meanwhile()
             for task in as_completed(tasks):
                 task.result()
         except BaseException:

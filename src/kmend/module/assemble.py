@@ -50,8 +50,6 @@ from kmend.module.layout import SECTION as LAYOUT_SECTION
 from kmend.module.layout import Layout, modinfo
 from kmend.module.resolve import Exported, Livepatched, Resolution
 
-#: MODULE_NAME_LEN - 1 is the kernel's limit; a klp symbol's object name is read with %55 (core.c).
-MAX_NAME = 55
 #: Processed while the module is loaded: must not wait for a module that may come later.
 _EARLY = frozenset({"__jump_table", ".static_call_sites", ".altinstructions", ".parainstructions"})
 
