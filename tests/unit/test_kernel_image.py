@@ -76,6 +76,17 @@ def test_every_packing_is_undone(name: str, pack: Callable[[bytes], bytes], prot
     assert image.extract_vmlinux(bzimage(pack(ELF), protocol=protocol))[: len(ELF)] == ELF
 
 
+@pytest.mark.parametrize("protocol", [0x020F, 0x0206])
+@pytest.mark.parametrize(("name", "pack"), PACKERS, ids=[name for name, _ in PACKERS])
+def test_an_image_cut_short_yields_nothing(name: str, pack: Callable[[bytes], bytes], protocol: int) -> None:
+    big = ELF + bytes(i * i % 251 for i in range(200_000))
+    whole = bzimage(pack(big), protocol=protocol)
+    end = whole.index(b"afterafter") - 4
+    with pytest.raises(Failed) as caught:
+        image.extract_vmlinux(whole[: end - (end - 3 * 512) // 3])
+    assert caught.value.rule == "no-vmlinux"
+
+
 def test_a_magic_number_by_chance_does_not_mislead() -> None:
     packed = b"\x1f\x8b\x08 no gzip" + b"BZh" + gzip.compress(ELF)
     assert image.extract_vmlinux(bzimage(packed, protocol=0x0200)) == ELF

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from kmend.core.errors import Failed
 
@@ -30,28 +31,46 @@ LZ4_BLOCK = 8 << 20
 Bytes = bytes | mmap.mmap
 
 
+class _Decoder(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _whole(decoder: _Decoder, data: bytes) -> bytes:
+    """Everything up to the end of the stream; what the build appends after it is passed over.
+
+    Raises:
+        ValueError: the stream does not end (the image is cut short).
+    """
+    out = decoder.decompress(data)
+    if not decoder.eof:
+        raise ValueError("cut short")
+    return out
+
+
 def _xz(data: bytes) -> bytes:
-    # scripts/xz_wrap.sh appends the unpacked size after the stream: bytes past its end are no error
-    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(data)
+    return _whole(lzma.LZMADecompressor(format=lzma.FORMAT_XZ), data)
 
 
 def _lzma(data: bytes) -> bytes:
-    return lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(data)
+    return _whole(lzma.LZMADecompressor(format=lzma.FORMAT_ALONE), data)
 
 
 def _gzip(data: bytes) -> bytes:
-    return zlib.decompressobj(wbits=31).decompress(data)
+    return _whole(zlib.decompressobj(wbits=31), data)
 
 
 def _bzip2(data: bytes) -> bytes:
-    return bz2.BZ2Decompressor().decompress(data)
+    return _whole(bz2.BZ2Decompressor(), data)
 
 
 def _zstd(data: bytes) -> bytes:
     import zstandard  # noqa: PLC0415 - only kernels of newer lines need it
 
     try:
-        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        return _whole(zstandard.ZstdDecompressor().decompressobj(), data)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
 

@@ -319,6 +319,9 @@ def _build(config: Config, work: Work, packages: debian.PackageSet, began: float
         reason = as_disk_full(reason) or reason
         if reason.rule in TRANSIENT:
             _remove_quietly(folder / "headers")
+            for place in (folder, downloads):
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # when nothing in it is complete
         else:
             _remove_quietly(folder, downloads)
         if reason is error:

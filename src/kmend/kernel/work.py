@@ -161,10 +161,13 @@ def holders(fd: int) -> list[int]:
 
 
 def as_disk_full(error: KmendError) -> Failed | None:
-    """The error as ``disk-full`` when its text says that the disk was full, else None."""
-    if error.rule == "disk-full" or not FULL.search(f"{error.what}\n{error.why}"):
+    """The error as one of rule ``disk-full`` when it says that the disk was full, else None."""
+    if error.rule == "disk-full" and isinstance(error, Failed):
+        return error
+    if not FULL.search(f"{error.what}\n{error.why}"):
         return None
-    return disk_full(error.why.strip().splitlines()[-1] if error.why.strip() else error.what)
+    lines = (*error.why.splitlines(), error.what)
+    return disk_full(next(line.strip() for line in lines if FULL.search(line)))
 
 
 def disk_full(why: str) -> Failed:
