@@ -121,6 +121,13 @@ Subject: [PATCH 6.1 3/7] ext4: look before
 """
 
 
+def test_a_damaged_header_of_a_mail_is_no_obstacle() -> None:
+    """What cannot be decoded (base64 of one letter) is shown as it stands."""
+    diff = b"--- a/x.c\n+++ b/x.c\n@@ -1 +1 @@\n-a\n+b\n"
+    parsed = parse([("x.patch", b"Subject: =?utf-8?b?a?= fix\n\n" + diff)])
+    assert parsed.title == "=?utf-8?b?a?= fix"
+
+
 def test_mail_text_in_front_and_signature_behind() -> None:
     patches = parse([("m", MAIL + HEAD + HUNK + b"-- \n2.39.2\n\n")])
     (source,) = patches.sources

@@ -6,7 +6,6 @@ One row of :data:`SETTINGS` is everything about one setting.
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,14 +87,7 @@ def load(
     env = os.environ if env is None else env
     values: dict[str, str] = {}
     known = {row.key for row in SETTINGS}
-    try:
-        data = tomllib.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        data = {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            f"{file} cannot be read", why=str(error), next_step="mend or remove the file", rule="config"
-        ) from error
+    data = _read(file)
     for key, value in data.items():
         if key not in known or not isinstance(value, str | int):
             raise UsageError(
@@ -123,3 +115,24 @@ def load(
         mirror=values.get("mirror", "https://snapshot.debian.org").rstrip("/"),
         keyring=Path(values.get("keyring") or DEFAULT_KEYRING).absolute(),
     )
+
+
+def _read(file: Path) -> Mapping[str, object]:
+    """The values of the settings file; none when there is no such file.
+
+    Raises:
+        UsageError: rule ``config``.
+    """
+    try:
+        text = file.read_text()
+        if not text.strip():
+            return {}
+        import tomllib  # noqa: PLC0415 - few machines have the file; each start would pay for the parser
+
+        return tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no TOML
+        raise UsageError(
+            f"{file} cannot be read", why=str(error), next_step="mend or remove the file", rule="config"
+        ) from error

@@ -12,7 +12,6 @@ import quopri
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from email.header import decode_header
 from typing import NoReturn
 
 from kmend.core.errors import Refusal, Refused, UsageError
@@ -457,9 +456,18 @@ def describe(name: str, preamble: Sequence[bytes]) -> PatchSource:
 
 
 def _decoded(text: str) -> str:
-    """Undo RFC 2047 encoding of a mail header."""
+    """Undo RFC 2047 encoding of a mail header; one that is damaged stays as it is."""
+    if "=?" not in text:
+        return text
+    from email.errors import HeaderParseError  # noqa: PLC0415 - the mail library is not small, and few need it
+    from email.header import decode_header  # noqa: PLC0415
+
+    try:
+        encoded = decode_header(text)
+    except HeaderParseError:
+        return text
     parts = []
-    for part, charset in decode_header(text):
+    for part, charset in encoded:
         if isinstance(part, str):
             parts.append(part)
             continue
