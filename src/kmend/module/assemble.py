@@ -317,6 +317,11 @@ class _Assembler:
                 symbol = self.out[link.name].symbol
                 addend = place - new.tail(section, reloc)
         row = OutReloc(at, reloc.type, symbol, addend)
+        if obj is not None and obj != VMLINUX:
+            # klp_apply_object_relocs() looks only at sections named after an object that the patch
+            # changes: what ext4 takes from jbd2 must stand in .klp.rela.ext4.*, where it is resolved
+            # when ext4 (and so jbd2, which it depends on) is there.
+            obj = unit.owner
         (out.plain if obj is None else out.klp.setdefault(obj, [])).append(row)
 
     def _literal(self, link: Link) -> tuple[OutSymbol, int]:

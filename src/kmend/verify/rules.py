@@ -180,6 +180,9 @@ class _Checker:
 
     def _klp_sections(self) -> Iterator[Refusal]:
         """kernel/livepatch/core.c, klp_resolve_symbols and klp_apply_section_relocs."""
+        # The relocations of vmlinux are applied while the module is loaded, those of another object when
+        # that object is patched (klp_init_object_loaded).
+        objects = {VMLINUX, *(row.name for row in self.description.objects or ())}
         for rela, target in self._relas():
             named = KLP_RELA.match(rela.name)
             marked = bool(rela.flags & SHF_RELA_LIVEPATCH)
@@ -199,6 +202,10 @@ class _Checker:
             if len(livepatch) != len(rows):
                 yield self._bad_rela(rela, "it names an ordinary symbol")
             obj = named[1]
+            if obj not in objects:
+                yield self._bad_rela(
+                    rela, f"the patch changes nothing in {obj}, so the kernel would never apply it"
+                )
             if obj != VMLINUX and target.name in EARLY:
                 yield self._bad_rela(
                     rela, f"{target.name} is used while the patch is loaded, when {obj} may be absent"
