@@ -20,7 +20,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +63,11 @@ LATER = (
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """What ``kmend build`` is asked for. ``patches`` are (name, contents) in the order of application."""
+    """What ``kmend build`` is asked for.
+
+    ``patches`` are (name, contents) in the order of application; ``strip`` is how many leading folders to
+    take off the names in them: for all, or by the patch's name (those not named: found out).
+    """
 
     patches: tuple[tuple[str, bytes], ...]
     release: Release
@@ -71,7 +75,7 @@ class BuildRequest:
     name: str | None = None
     replace: bool = True
     fuzz: int = 0
-    strip: int | None = None
+    strip: int | Mapping[str, int] | None = None
     sign_key: str | None = None
     sign_cert: Path | None = None
 

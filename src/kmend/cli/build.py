@@ -63,14 +63,15 @@ def run(args: argparse.Namespace, context: Context) -> int:
             next_step="make it, or name another one with -o",
             rule="unwritable",
         )
+    patches, strip = read_patches(args.patch, args.strip)
     request = BuildRequest(
-        patches=read_patches(args.patch),
+        patches=patches,
         release=Release(args.kernel or os.uname().release),
         output=output,
         name=args.name,
         replace=not args.no_replace,
         fuzz=args.fuzz,
-        strip=args.strip,
+        strip=strip,
         sign_key=args.sign_key,
         sign_cert=Path(args.sign_cert) if args.sign_cert else None,
     )
@@ -80,24 +81,42 @@ def run(args: argparse.Namespace, context: Context) -> int:
     return 0 if report.result in (Outcome.BUILT, Outcome.NOTHING_CHANGED) else 1
 
 
-def read_patches(names: list[str]) -> tuple[tuple[str, bytes], ...]:
-    """The contents of the patch files; a quilt ``series`` file stands for the files it lists.
+def read_patches(
+    names: list[str], strip: int | None = None
+) -> tuple[tuple[tuple[str, bytes], ...], dict[str, int]]:
+    """The patch files, and what to strip of the names in them (``-p``).
+
+    A quilt ``series`` stands for its files. A ``-pN`` behind a patch in the series counts for that patch; ``strip`` for all others.
 
     Raises:
-        UsageError: a file cannot be read.
+        UsageError: a file cannot be read; the series names none.
     """
     from kmend.patch.intake import read_series
 
     out: list[tuple[str, bytes]] = []
+    strips: dict[str, int] = {}
+
+    def add(path: Path, level: int | None) -> None:
+        out.append((str(path), _read(path)))
+        if level is not None:
+            strips[str(path)] = level
+
     for name in names:
         path = Path(name)
-        if name != "-" and path.name == "series":
-            for entry in read_series(_read(path).decode(errors="replace")):
-                member = path.parent / entry.name
-                out.append((str(member), _read(member)))
-        else:
-            out.append((name, _read(path)))
-    return tuple(out)
+        if path.name != "series":
+            add(path, strip)
+            continue
+        entries = read_series(_read(path).decode(errors="replace"))
+        if not entries:
+            raise UsageError(
+                f"{name} names no patch",
+                why="every line of it is empty or a comment",
+                next_step="name a patch file, or a series with patches in it",
+                rule="series",
+            )
+        for entry in entries:
+            add(path.parent / entry.name, strip if entry.strip is None else entry.strip)
+    return tuple(out), strips
 
 
 def _read(path: Path) -> bytes:
