@@ -86,7 +86,8 @@ def read_patches(
 ) -> tuple[tuple[tuple[str, bytes], ...], dict[str, int]]:
     """The patch files, and what to strip of the names in them (``-p``).
 
-    A quilt ``series`` stands for its files. A ``-pN`` behind a patch in the series counts for that patch; ``strip`` for all others.
+    A quilt ``series`` stands for its files. A ``-pN`` behind a patch in the series counts for that
+    patch, ``strip`` for all others.
 
     Raises:
         UsageError: a file cannot be read; the series names none.
