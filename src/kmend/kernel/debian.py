@@ -5,7 +5,7 @@ keys of the source entry, ``InRelease`` holds the hash of ``Packages``, ``Packag
 package. ``apt-get download`` checks what it transfers; a file that already has the right size it takes
 as it is, so kmend computes the SHA-256 of every file once more before it uses it.
 
-One kernel is made of packages of one version (docs/decisions/0004-target-packages.md):
+One kernel is made of packages of one version (docs/decisions/0007-target-packages.md):
 
 * ``linux-image-R`` (signed; built from another source package but with the same version),
 * ``linux-headers-R``: ``.config``, ``Module.symvers``, generated headers, the compiler's name,
