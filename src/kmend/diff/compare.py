@@ -8,7 +8,7 @@ of alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kmend.diff.special import ORC, SATELLITES, TABLE, Entry, SpecialSections
@@ -16,6 +16,9 @@ from kmend.diff.twins import Twins, match
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import SHF_ALLOC, Reloc, Section
 from kmend.elf.reader import slice_relocs
+from kmend.insn.decode import decode
+
+_NO_IDENTITY = frozenset({"__func__", "__PRETTY_FUNCTION__", "__FUNCTION__", "CSWTCH"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,21 @@ def cold_parent(unit: UnitObject, part: Part) -> Part | None:
     """The function that a ``.cold`` part was split from."""
     if ".cold" not in part.name:
         return None
-    return unit.parts.get(part.name.partition(".cold")[0])
+    name = part.name.partition(".cold")[0]
+    # GCC names it after one of the function's names, which need not be the one that stands for all.
+    return unit.parts.get(unit.aliases.get(name, name))
+
+
+def without_identity(unit: UnitObject, part: Part) -> bool:
+    """Whether nobody can tell one copy of the read-only data from another: tables that GCC makes of a
+    ``switch`` (``CSWTCH``), and the name of a function.
+    """
+    return (
+        part.kind is PartKind.DATA
+        and part.local
+        and not unit.section_of(part).writable
+        and base_name(part.name) in _NO_IDENTITY
+    )
 
 
 def compare(old: UnitObject, new: UnitObject, sizes: Mapping[str, int] | None = None) -> ObjectDiff:
@@ -214,7 +231,13 @@ class _Comparer:
             return False
         match a.kind:
             case RefKind.PART:
-                return self.twins.original.get(b.name) == a.name and a.addend == b.addend
+                if a.addend != b.addend:
+                    return False
+                x, y = self.old.parts[a.name], self.new.parts[b.name]
+                if without_identity(self.old, x) and without_identity(self.new, y):
+                    # The code may stay the same to the byte while the values of its table change.
+                    return base_name(x.name) == base_name(y.name) and self._parts(x, y) is None
+                return self.twins.original.get(b.name) == a.name
             case RefKind.EXTERN:
                 return a.name == b.name and a.addend == b.addend
             case RefKind.STRING:
@@ -277,7 +300,47 @@ class _Comparer:
             )
             if not same:
                 out.append(name)
-        return tuple(out)
+        return tuple(dict.fromkeys([*out, *self._gaps()]))
+
+    def _gaps(self) -> Iterator[str]:
+        """Names of sections whose bytes between functions or variables differ: assembler text."""
+
+        def gaps(unit: UnitObject) -> dict[str, list[tuple[Section, int, int]]]:
+            out: dict[str, list[tuple[Section, int, int]]] = {}
+            for section in unit.elf.sections:
+                at = 0
+                parts = unit.parts_in(section.index)
+                for start, end in [(p.start, p.end) for p in parts] + [(section.size, section.size)]:
+                    if parts and at < start and not _padding(section, at, start):
+                        out.setdefault(section.name, []).append((section, at, start))
+                    at = max(at, end)
+            return out
+
+        before, after = gaps(self.old), gaps(self.new)
+        for name in sorted(before.keys() | after.keys()):
+            xs, ys = before.get(name, []), after.get(name, [])
+            if len(xs) != len(ys) or any(
+                self._satellite(
+                    (a.index, a_start, a_end - a_start), (b.index, b_start, b_end - b_start), name
+                )
+                for (a, a_start, a_end), (b, b_start, b_end) in zip(xs, ys, strict=True)
+            ):
+                yield name
+
+
+def _padding(section: Section, start: int, end: int) -> bool:
+    """Whether nothing but what fills up to an alignment stands there."""
+    data = section.data[start:end]
+    if not section.relocs and not data.strip(b"\0"):
+        return True  # also without contents
+    if slice_relocs(section.relocs, start, end):
+        return False
+    if not section.executable:
+        return not data.strip(b"\0")
+    insns = decode(data)
+    return sum(i.length for i in insns) == len(data) and all(
+        i.text.startswith(("nop", "int3", "xchgw %ax, %ax", "data16")) for i in insns
+    )
 
 
 def _moved(reloc: Reloc, by: int) -> Reloc:

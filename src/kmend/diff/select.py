@@ -21,26 +21,28 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kmend.core.errors import Refusal
-from kmend.diff.compare import ObjectDiff, cold_parent
+from kmend.diff.compare import ObjectDiff, cold_parent, without_identity
 from kmend.diff.special import SATELLITES, TABLE, Entry
 from kmend.diff.twins import section_class
-from kmend.diff.unit import Part, PartKind, Ref, RefKind, base_name
+from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import Reloc, Section
 from kmend.elf.reader import slice_relocs
 from kmend.elf.x86_64 import R_PC32, R_PLT32
+from kmend.insn.decode import containing
 
 #: Sections whose memory is gone (or never runs again) once the kernel or module is up.
-_INIT = (".init", ".exit", ".ref.text", ".meminit", ".devinit", ".cpuinit")
+_INIT = (".init", ".exit", ".meminit", ".devinit", ".cpuinit")
 #: Sections that new variables may stand in: the module loader gives each of them its meaning.
 _PLAIN_DATA = (".data", ".bss", ".rodata", ".data.once", ".data..read_mostly", ".data.unlikely")
 _DYNDBG = ("__dyndbg",)
+#: Sections whose variables nobody looks for: one may go when the code that used it goes.
+_TAKEN_AWAY = (".data", ".bss", ".rodata", ".init.data", ".init.rodata", ".exit.data", ".discard")
 #: New rows here change nothing that runs: information about the module or the printk formats.
 _INFORMATION = (".modinfo", ".printk_index")
-#: Read-only data without an identity: GCC's own names for it, and the name of the function.
-_COPIED = frozenset({"__func__", "__PRETTY_FUNCTION__", "__FUNCTION__", "CSWTCH"})
 #: Static locals that only say whether, or how often, a message was printed: where their twin cannot be told,
-#: a fresh one does (include/linux/once_lite.h, include/linux/ratelimit.h, include/linux/once.h).
-_FRESH = frozenset({"_rs", "__already_done", "__warned", "__print_once", "___done", "___once_key"})
+#: a fresh one does (include/linux/once_lite.h, include/linux/ratelimit.h). Not those of DO_ONCE()
+#: (include/linux/once.h): get_random_once() would seed a table anew that is in use.
+_FRESH = frozenset({"_rs", "__already_done", "__warned", "__print_once"})
 
 
 class LinkKind(Enum):
@@ -94,8 +96,15 @@ def is_init(section: Section) -> bool:
     return section.name.startswith(_INIT)
 
 
-def is_direct_branch(code: bytes, at: int) -> bool:
-    """Whether the 4 bytes at ``at`` are the operand of ``call``, ``jmp`` or a conditional jump."""
+def is_branch(section: Section, reloc: Reloc) -> bool:
+    """Whether the relocation is the operand of a direct ``call``, ``jmp`` or conditional jump.
+
+    Of the PC-relative operands only these have such a byte before them: with any other instruction it is
+    a ModRM byte of the form 00xxx101.
+    """
+    code, at = section.data, reloc.offset
+    if not section.executable or reloc.type not in (R_PC32, R_PLT32):
+        return False
     if at >= 1 and code[at - 1] in (0xE8, 0xE9):
         return True
     return at >= 2 and code[at - 2] == 0x0F and 0x80 <= code[at - 1] <= 0x8F
@@ -131,12 +140,9 @@ class Linker:
             return Link(LinkKind.LOCAL, target.key, ref)
         if not self.replaced(target.key):
             return Link(LinkKind.OUTER, twin, ref)
-        direct = (
-            section.executable
-            and reloc.type in (R_PC32, R_PLT32)
-            and is_direct_branch(section.data, reloc.offset)
-        )
-        return Link(LinkKind.LOCAL, target.key, ref) if direct else Link(LinkKind.OUTER, twin, ref)
+        if is_branch(section, reloc):
+            return Link(LinkKind.LOCAL, target.key, ref)
+        return Link(LinkKind.OUTER, twin, ref)
 
     def of_entry(self, entry: Entry, reloc: Reloc) -> Link:
         """The link of a relocation of a special section's entry: code it names is the module's own."""
@@ -174,7 +180,7 @@ class Linker:
         section = self.new.section_of(target)
         if section.name.startswith(_DYNDBG):
             return True
-        return not section.writable and base_name(target.name) in _COPIED and target.local
+        return without_identity(self.new, target)
 
     def _other(self, ref: Ref) -> Link:
         match ref.kind:
@@ -226,6 +232,7 @@ class _Selector:
         self._section_rules()
         living = [key for key in diff.changed if not is_init(new.section_of(new.parts[key]))]
         included, outer, externs = self._closure([*living, *self.roots])
+        self._renamed(included)
         order = [key for key in new.parts if key in included]
         new_functions = tuple(
             key
@@ -295,6 +302,51 @@ class _Selector:
                 "leave this part of the change to the next reboot",
             )
 
+        kept = set(self.diff.twins.original.values())
+        for part in self.old.variables():
+            name = section_class(self.old, part)
+            if part.key in kept or name.startswith((*_INFORMATION, *_DYNDBG, *_TAKEN_AWAY)):
+                continue
+            self.refuse(
+                "init-data" if name.startswith(_INIT) else "special-data",
+                part.name,
+                f"the patch takes a variable away from the section {name}, which the kernel or the module "
+                "has looked at when it started",
+                "leave this part of the change to the next reboot",
+            )
+
+    def _renamed(self, included: set[str]) -> None:
+        """A variable that goes and one that comes, of one size: the same by another name?"""
+        kept = set(self.diff.twins.original.values())
+        gone = {
+            (section_class(self.old, part), part.size): part.name
+            for part in self.old.variables()
+            if part.key not in kept and self._has_state(self.old, part)
+        }
+        for key in self.diff.new_data:
+            part = self.new.parts[key]
+            before = gone.get((section_class(self.new, part), part.size))
+            if before is None or key not in included or not self._has_state(self.new, part):
+                continue
+            if key in self.diff.twins.ambiguous:
+                continue
+            self.refuse(
+                "renamed-variable",
+                part.name,
+                f"the patch takes {before} away and brings a variable of the same size: if it is the same "
+                f"one by another name, the running kernel has its state under {before}",
+                "keep the old name; or, if they are two things, keep the old variable in place",
+            )
+
+    @staticmethod
+    def _has_state(unit: UnitObject, part: Part) -> bool:
+        name = unit.section_of(part).name
+        return (
+            unit.section_of(part).writable
+            and not name.startswith((*_INIT, *_DYNDBG))
+            and base_name(part.name) not in _FRESH
+        )
+
     @staticmethod
     def _plain(name: str) -> bool:
         return name in _PLAIN_DATA or name.startswith((".rodata.", ".data..read_mostly"))
@@ -335,6 +387,7 @@ class _Selector:
             included.add(key)
             part = self.new.parts[key]
             self._carried(part)
+            self._places(part)
             for link, pointer in self._links(part):
                 match link.kind:
                     case LinkKind.LOCAL:
@@ -374,7 +427,7 @@ class _Selector:
         section = self.new.section_of(part)
         for reloc in self.new.relocs(part):
             link = self.linker.of_code(part, section, reloc)
-            branch = section.executable and is_direct_branch(section.data, reloc.offset)
+            branch = is_branch(section, reloc)
             own = link.kind is LinkKind.LOCAL and link.name == part.key
             yield link, not branch and not own
             yield from ((row, False) for row in self._satellite_links(part, link))
@@ -429,6 +482,54 @@ class _Selector:
                 "cannot be told",
                 "give the new variable another name, or keep the number of variables of this name",
             )
+
+    def _places(self, part: Part) -> None:
+        """Addresses that only an offset into a section of several variables gives.
+
+            cmp    $0x0,%rbx        R_X86_64_32S  .data..read_mostly+0x20
+
+        may be the end of one array or the start of the next variable; ``table-8(,%rax,8)`` looks like the
+        end of the variable before. Both mean the same place as long as the same variables lie side by
+        side as in the original. An operand that is read or written at once is no end.
+        """
+        section = self.new.section_of(part)
+        for reloc in self.new.relocs(part):
+            if not self.new.by_place(reloc):
+                continue
+            ref = self.new.ref(section, reloc)
+            target = self.new.parts.get(ref.name) if ref.kind is RefKind.PART else None
+            if target is None or target.kind is PartKind.FUNCTION or self._accessed(part, section, reloc):
+                continue
+            if self.linker.copied(target) or base_name(target.name) in _FRESH or self._in_place(target):
+                continue
+            self.refuse(
+                "ambiguous-place",
+                part.name,
+                f"it takes an address in {section_class(self.new, target)} at {target.name}, where the patch "
+                "changes which variables lie side by side: it may be the end of the one before",
+                "define the new variable without an attribute that chooses its section",
+            )
+
+    def _accessed(self, part: Part, section: Section, reloc: Reloc) -> bool:
+        if not section.executable or reloc.type != R_PC32:
+            return False
+        insn = containing(self.new.code(part), reloc.offset - part.start)
+        return insn is not None and not insn.text.startswith("lea")
+
+    def _in_place(self, target: Part) -> bool:
+        """Whether the variable and those beside it lie to each other as in the original."""
+        twin = self.diff.twins.original.get(target.key)
+        row = self.new.parts_in(target.section)
+        at = row.index(target)
+        before = [p for p in row[max(at - 1, 0) : at] if p.end == target.start]
+        for beside in before + row[at + 1 : at + 2]:
+            other = self.diff.twins.original.get(beside.key)
+            if twin is None or other is None:
+                return False
+            a, b = self.old.parts[twin], self.old.parts[other]
+            if a.section != b.section or b.start - a.start != beside.start - target.start:
+                return False
+        return True
 
     def _reachable(self, part: Part, link: Link) -> None:
         target = self.old.parts[link.name]

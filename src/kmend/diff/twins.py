@@ -7,7 +7,8 @@ Certain matches come first, each with the level that found it:
 ``counter``  names with a ``__COUNTER__`` in them (``__UNIQUE_ID_…``) and equal contents
 ``use``      numbered static locals that a twin with the same bytes uses at the same place
 ``only``     the only numbered static local of its name, used by a function of the same name
-``order``    several of one name in one function, as many before as after: in order of use
+``order``    several of one name in one function, as many before as after, which the code uses in the
+             same order in relation to the order of their declarations
 ``contents`` read-only text such as ``__func__.12`` that nothing tells apart but what it says
 """
 
@@ -44,9 +45,7 @@ class Twins:
     ambiguous: frozenset[str]
 
 
-_COUNTED = re.compile(
-    r"^(?:__UNIQUE_ID_|__initcall__kmod_|___addressable_|__exitcall_|__setup_|__bpf_trace_)"
-)
+_COUNTED = re.compile(r"^(?:__UNIQUE_ID_|__initcall__kmod_|__exitcall_|__setup_)")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -229,7 +228,11 @@ class _Locals:
             for name in _in_order(base_name(self.new_locals[k].name) for k in left_new):
                 news = [k for k in left_new if base_name(self.new_locals[k].name) == name]
                 olds = [k for k in left_old if base_name(self.old_locals[k].name) == name]
-                if len(news) == len(olds) and all(self._alike(a, b) for a, b in zip(news, olds, strict=True)):
+                if (
+                    len(news) == len(olds)
+                    and _ranks(news) == _ranks(olds)
+                    and all(self._alike(a, b) for a, b in zip(news, olds, strict=True))
+                ):
                     for new_key, old_key in zip(news, olds, strict=True):
                         out[new_key] = (old_key, Level.ORDER)
                         used.add(old_key)
@@ -257,6 +260,12 @@ class _Locals:
             for key, part in self.new_locals.items()
             if key not in original and base_name(part.name) in left
         )
+
+
+def _ranks(keys: list[str]) -> list[int]:
+    """For each numbered name its place among them by number: GCC numbers in the order of declaration."""
+    numbers = [int(key.partition("#")[0].rpartition(".")[2]) for key in keys]
+    return [sorted(numbers).index(number) for number in numbers]
 
 
 def _in_order(keys: Iterable[str]) -> list[str]:

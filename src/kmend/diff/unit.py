@@ -75,7 +75,7 @@ class RefKind(Enum):
 
     PART = "part"  # a function or variable of this object
     EXTERN = "extern"  # an undefined symbol, or an absolute one
-    STRING = "string"  # a string literal
+    STRING = "string"  # a string literal, of characters of any width
     CONST = "const"  # an anonymous mergeable constant
     EMPTY = "empty"  # a variable of size 0: an address and nothing else (lock_class_key without lockdep)
     OPAQUE = "opaque"  # anything else: section and offset
@@ -96,6 +96,20 @@ class Ref:
     addend: int
     section: int = 0
     content: bytes = b""
+
+
+def _string(section: Section, start: int) -> bytes | None:
+    """The string literal at ``start`` with its NUL, which is as wide as the section's entries.
+
+    ``L"SecureBoot"`` of the EFI code stands in ``.rodata.str2.2``: two bytes for each character.
+    """
+    if not 0 <= start < section.size:
+        return None
+    width = max(section.entry_size, 1)
+    end = section.data.find(bytes(width), start)
+    while end >= 0 and (end - start) % width:
+        end = section.data.find(bytes(width), end + 1)
+    return section.data[start : end + width] if end >= 0 else None
 
 
 def base_name(name: str) -> str:
@@ -244,25 +258,35 @@ class UnitObject:
         if target.index in self._empty:
             return Ref(RefKind.EMPTY, self._empty[target.index], raw, target.index)
         inside = self._by_section.get(target.index, [])
-        if len(inside) == 1 and inside[0].start == 0 and not target.flags & SHF_MERGE:
+        whole = len(inside) == 1 and inside[0].start == 0 and inside[0].end == target.size
+        if whole and not target.flags & SHF_MERGE:
             return Ref(RefKind.PART, inside[0].key, raw)
         exact = raw + self.tail(section, reloc)
         part = self.covering(target.index, exact)
+        if part is None and inside and exact == target.size == inside[-1].end:
+            part = inside[-1]  # the end of the last variable; nothing else can be meant
         if part is not None and not target.strings:
             return Ref(RefKind.PART, part.key, raw - part.start)
         if target.strings:
-            end = target.data.find(b"\0", exact)
-            if not 0 <= exact < target.size or end < 0:
+            content = _string(target, exact)
+            if content is None:
                 raise Failed(
                     f"{self.name}: a reference into {target.name} lies outside of it", rule="bad-elf"
                 )
-            return Ref(RefKind.STRING, target.name, exact, target.index, target.data[exact : end + 1])
+            return Ref(RefKind.STRING, target.name, exact, target.index, content)
         if target.flags & SHF_MERGE and target.entry_size and not target.relocs:
             low = exact - exact % target.entry_size
             return Ref(
                 RefKind.CONST, target.name, exact, target.index, target.data[low : low + target.entry_size]
             )
         return Ref(RefKind.OPAQUE, target.name, exact, target.index)
+
+    def by_place(self, reloc: Reloc) -> bool:
+        """Whether only an offset into a section of several variables or functions says what is meant."""
+        symbol = self.elf.symbols[reloc.symbol]
+        return (
+            symbol.defined and symbol.index not in self._by_symbol and len(self.parts_in(symbol.section)) > 1
+        )
 
     def tail(self, section: Section, reloc: Reloc) -> int:
         """How many bytes a PC-relative operand's formula falls short of the address it means.
