@@ -32,7 +32,7 @@ from kmend.core.errors import Failed, KmendError, Refusal, Refused, UsageError
 from kmend.core.files import write_atomically
 from kmend.core.progress import Progress, Timings
 from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
-from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Release, Target, Unit
+from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Linkage, Release, Target, Unit
 from kmend.kernel import compile as compiling
 from kmend.kernel import kbuild, overlay, prepare, store
 from kmend.patch.apply import Applied, apply
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kmend.diff.select import Selection
     from kmend.diff.unit import UnitObject
     from kmend.elf.model import ElfFile
+    from kmend.kernel.kbuild import CompileCommand
     from kmend.module.layout import Layout
     from kmend.patch.model import PatchSet
     from kmend.verify.rules import Checked, TargetFacts
@@ -217,6 +218,28 @@ def _sweep(base: Path, keep: str) -> None:
             path.unlink(missing_ok=True)
 
 
+class _Lookup:
+    """What :func:`kmend.patch.reach.reach` asks of the target; the header index is read on first use."""
+
+    def __init__(self, target: Target, progress: Progress) -> None:
+        self.target, self.progress = target, progress
+        self.map = kbuild.unit_map(target)
+
+    def units(self, source: str) -> tuple[Unit, ...]:
+        return self.map.units(source)
+
+    def includers(self, source: str) -> tuple[str, ...]:
+        return self.map.includers(source)
+
+    def explain_absent(self, source: str) -> str:
+        return self.map.explain_absent(source)
+
+    def including(self, header: str) -> tuple[Unit, ...]:
+        from kmend.kernel import headers
+
+        return headers.units_reached(self.target, [header], self.progress)
+
+
 # -- the stages ------------------------------------------------------------------------------------
 
 
@@ -303,6 +326,9 @@ class _Build:
         self.target, self.config = target, config
         self.progress, self.timings = progress, timings
         self.warnings: list[Refusal] = []
+        self.refusals: list[Refusal] = []
+        #: units that may include a changed header, and those whose text it changes
+        self.considered = (0, 0)
 
     def run(self) -> BuildReport:
         from kmend.module.layout import read_layout
@@ -331,7 +357,7 @@ class _Build:
                     if key not in work.diff.twins.original and not work.diff.new.parts[key].local
                 )
                 proofs = [self._prove(view, work, shared, layout, scratch) for work in works]
-            refusals = [r for w in works for r in w.selection.refusals]
+            refusals = [*dict.fromkeys(self.refusals), *(r for w in works for r in w.selection.refusals)]
             refusals += [r for p in proofs for r in p.refusals]
             if refusals:
                 raise Refused(refusals)
@@ -356,7 +382,7 @@ class _Build:
         return applied
 
     def _reach(self, applied: Applied) -> Reach:
-        reached = reach(applied, kbuild.unit_map(self.target))
+        reached = reach(applied, _Lookup(self.target, self.progress))
         self.warnings += reached.warnings
         return reached
 
@@ -374,9 +400,12 @@ class _Build:
                 files[file.path] = (
                     with_line_control(file.new, file.origins) if controlled and file.new else file.new
                 )
-        commands = kbuild.commands(self.target, reached.units)
-        sources = [commands[unit].source for unit in reached.units]
+        compiled = tuple(u for u in reached.candidates if u.source.endswith(".c"))
+        commands = kbuild.commands(self.target, (*reached.units, *compiled))
+        sources = [command.source for command in commands.values()]
         tree = overlay.make_overlay(self.target.source, files, scratch / "tree", also=sources)
+        affected = self._affected(reached, commands, files, tree, scratch)
+        commands = {unit: commands[unit] for unit in (*reached.units, *affected)}
         pairs = compiling.compile_pairs(
             self.config,
             self.target,
@@ -384,24 +413,81 @@ class _Build:
             patched_tree=tree,
             out=scratch / "patched",
             progress=self.progress,
+            extra_flags=compiling.SPLIT_WITH_TYPES,
             meanwhile=lambda: views.append(self._open()),
         )
         from kmend.diff.unit import UnitObject
 
         out = []
         for unit, pair in pairs.items():
-            behind = overlay.read_behind(tree, self.target.source, files, pair.patched.deps)
-            if behind:
-                raise Failed(
-                    f"{unit.obj} was compiled with the unpatched {behind[0]}",
-                    why="the file was reached by a path that leads around the patched copy",
-                    next_step="report the patch",
-                    rule="overlay",
-                )
+            self._only_patched(unit, tree, files, pair.patched.deps)
             old = UnitObject.parse(pair.original.path.read_bytes(), f"{unit.obj} (original)")
             new = UnitObject.parse(pair.patched.path.read_bytes(), f"{unit.obj} (patched)")
             out.append((unit, old, new))
         return out, views[0] if views else self._open()
+
+    def _only_patched(
+        self, unit: Unit, tree: Path, files: Mapping[str, bytes | None], deps: Sequence[str]
+    ) -> None:
+        """Make sure that nothing was read around the overlay."""
+        behind = overlay.read_behind(tree, self.target.source, files, deps)
+        if behind:
+            raise Failed(
+                f"{unit.obj} was compiled with the unpatched {behind[0]}",
+                why="the file was reached by a path that leads around the patched copy",
+                next_step="report the patch",
+                rule="overlay",
+            )
+
+    def _affected(
+        self,
+        reached: Reach,
+        commands: Mapping[Unit, CompileCommand],
+        files: Mapping[str, bytes | None],
+        tree: Path,
+        scratch: Path,
+    ) -> tuple[Unit, ...]:
+        """Those candidates whose preprocessed text a header change really changes.
+
+        Raises:
+            Refused: ``library-member``, ``asm-unit``: it changes one that cannot be live patched.
+        """
+        if not reached.candidates:
+            return ()
+        compiled = tuple(u for u in reached.candidates if u in commands)
+        differing = compiling.differing_units(
+            self.config,
+            self.target,
+            {unit: commands[unit] for unit in compiled},
+            patched_tree=tree,
+            scratch=scratch,
+            progress=self.progress,
+            check=lambda unit, deps: self._only_patched(unit, tree, files, deps),
+        )
+        self.considered = (len(reached.candidates), len(differing))
+        refusals = [
+            Refusal(
+                "library-member",
+                unit.obj,
+                "the header change reaches a member of lib.a; which of them the kernel holds is not known",
+                "keep the change out of what this unit includes",
+            )
+            for unit in differing
+            if unit.linkage is Linkage.LIBRARY
+        ]
+        if refusals:
+            raise Refused(refusals)
+        assembly = [u for u in reached.candidates if u not in commands]
+        if assembly:
+            self.warnings.append(
+                Refusal(
+                    "asm-unit",
+                    f"{len(assembly)} assembler files, {assembly[0].source} among them",
+                    "they may include a changed header; assembler code is not compared and not replaced",
+                    "make sure that the change does not concern them",
+                )
+            )
+        return differing
 
     def _open(self) -> TargetView:
         """The target, and the code of the stages to come: made ready while the compilers run."""
@@ -422,8 +508,19 @@ class _Build:
             selection = select(diff)
             if not diff.nothing or selection.refusals:
                 works.append(UnitWork(unit, diff, selection))
+                self.refusals += self._types(old, new)
             self.warnings += selection.warnings
         return works
+
+    @staticmethod
+    def _types(old: UnitObject, new: UnitObject) -> tuple[Refusal, ...]:
+        """Structures and enumerations that the two objects lay out differently."""
+        from kmend.verify.types import Types, changed_layouts
+
+        before, after = Types.of(old.elf, old.name), Types.of(new.elf, new.name)
+        if before is None or after is None:
+            raise Failed(f"{new.name} was compiled without its types", rule="internal")
+        return changed_layouts(before, after)
 
     def _share(self, works: list[UnitWork]) -> list[UnitWork]:
         """Let each unit bring along its new global functions and variables that another unit needs."""

@@ -217,7 +217,6 @@ REFUSED = {
         "init-code",
     ),
     "fs/read_write.c": (".llseek\t\t= generic_file_llseek,", ".llseek\t\t= noop_llseek,", "changed-data"),
-    "include/linux/seq_file.h": ("struct seq_operations;", "struct seq_operations; ", "header-change"),
     "arch/x86/lib/clear_page_64.S": (
         "SYM_FUNC_START(clear_page_rep)",
         "SYM_FUNC_START(clear_page_rep)\n\tnop",
@@ -248,6 +247,50 @@ def test_refusals_by_name(build: Build, target_56: Target, tmp_path: Path, path:
         assert row["why"]
         assert row["next_step"]
     assert not list(tmp_path.glob("*.ko"))
+
+
+def test_a_header_is_followed_into_its_units(build: Build, target_56: Target, tmp_path: Path) -> None:
+    """An inline function of a header: every unit that inlines it, and no other."""
+    change = patch_of(
+        tmp_path,
+        target_56,
+        "fs/ext4/ext4_extents.h",
+        (
+            "static inline unsigned short ext_depth(struct inode *inode)\n{\n",
+            "static inline unsigned short ext_depth(struct inode *inode)\n{\n\tbarrier();\n",
+        ),
+    )
+    status, document = build(change, "--kernel", target_56.release)
+    assert status == 0, document
+    functions = names(document)
+    assert set(functions) == {"ext4"}
+    assert "ext4_ext_map_blocks" in functions["ext4"]
+    assert set(functions["ext4"].values()) == {"changed"}
+
+
+def test_a_comment_in_a_header_is_nothing(build: Build, target_56: Target, tmp_path: Path) -> None:
+    change = patch_of(
+        tmp_path,
+        target_56,
+        "fs/ext4/ext4_extents.h",
+        ("#ifndef _EXT4_EXTENTS\n", "#ifndef _EXT4_EXTENTS\n/* a comment\n   of two lines */\n"),
+    )
+    status, document = build(change, "--kernel", target_56.release)
+    assert (status, document["result"]) == (0, "nothing-changed")
+
+
+def test_a_new_field_is_named(build: Build, target_56: Target, tmp_path: Path) -> None:
+    change = patch_of(
+        tmp_path,
+        target_56,
+        "fs/ext4/mballoc.h",
+        ("\tunsigned\t\tpa_deleted;\n", "\tunsigned\t\tpa_deleted;\n\tlong\t\tpa_fresh;\n"),
+    )
+    status, document = build(change, "--kernel", target_56.release)
+    assert (status, document["result"]) == (1, "refused")
+    row = next(r for r in document["refused"] if r["rule"] == "layout-changed")
+    assert row["what"] == "struct ext4_prealloc_space"
+    assert "pa_fresh is new" in row["why"]
 
 
 def test_a_syntax_error_is_gccs_own_words(build: Build, target_56: Target, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Lookup:
 
     compiled: dict[str, tuple[Unit, ...]]
     included: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    headers: dict[str, tuple[Unit, ...]] = field(default_factory=dict)
 
     def units(self, source: str) -> tuple[Unit, ...]:
         return self.compiled.get(source, ())
@@ -31,6 +32,9 @@ class Lookup:
 
     def explain_absent(self, source: str) -> str:
         return f"CONFIG_OF_{source} is not set"
+
+    def including(self, header: str) -> tuple[Unit, ...]:
+        return self.headers.get(header, ())
 
 
 EXT4 = unit("fs/ext4/mballoc.c", "ext4", Linkage.MODULE)
@@ -51,6 +55,7 @@ LOOKUP = Lookup(
         "b.c": ("a.c", "fs/ext4/mballoc.c"),
         "lib/vdso/gettimeofday.c": ("arch/x86/entry/vdso/vclock_gettime.c",),
     },
+    {"fs/ext4/ext4.h": (EXT4, CORE), "include/linux/fs.h": (FAIR, CORE)},
 )
 
 
@@ -89,8 +94,6 @@ def test_one_source_in_two_modules() -> None:
 @pytest.mark.parametrize(
     ("path", "rule"),
     [
-        ("include/linux/fs.h", "header-change"),
-        ("fs/ext4/ext4.h", "header-change"),
         ("arch/x86/entry/entry_64.S", "asm-unit"),
         ("lib/string.c", "library-member"),
         ("arch/x86/entry/vdso/vclock_gettime.c", "vdso"),
@@ -117,8 +120,26 @@ def test_refused_by_name(path: str, rule: str) -> None:
 
 
 def test_every_refusal_is_told_at_once() -> None:
-    rules = [rule for rule, _ in refused(applied("fs/a.h", "fs/b.S", "fs/Kconfig", "fs/ext4/mballoc.c"))]
-    assert rules == ["header-change", "asm-unit", "build-system-change"]
+    rules = [rule for rule, _ in refused(applied("fs/b.S", "fs/Kconfig", "fs/ext4/mballoc.c"))]
+    assert rules == ["asm-unit", "build-system-change"]
+
+
+def test_a_headers_units_are_candidates() -> None:
+    found = reach(applied("fs/ext4/ext4.h"), LOOKUP)
+    assert (found.units, found.candidates) == ((), (EXT4, CORE))
+
+
+def test_a_unit_whose_own_file_changes_is_no_candidate() -> None:
+    found = reach(applied("fs/ext4/ext4.h", "include/linux/fs.h", "fs/ext4/mballoc.c"), LOOKUP)
+    assert (found.units, found.candidates) == ((EXT4,), (CORE, FAIR))
+
+
+def test_a_header_that_nobody_includes_is_not_compiled() -> None:
+    assert refused(applied("include/linux/unused.h")) == [
+        ("not-compiled", "include/linux/unused.h is not compiled into this kernel")
+    ]
+    found = reach(applied("include/linux/unused.h", "fs/ext4/mballoc.c"), LOOKUP)
+    assert [row.rule for row in found.warnings] == ["not-compiled"]
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,11 @@ def test_damaged_documents_are_an_error(change: dict[str, object]) -> None:
     assert caught.value.rule == "report-damaged"
     with pytest.raises(Failed):
         from_document([])
+
+
+def test_many_reasons_of_one_rule_are_shortened() -> None:
+    rows = tuple(Refusal("changed-data", f"variable_{n}", "why", "next") for n in range(40))
+    text = to_text(BuildReport("x", Outcome.REFUSED, KernelId("r", "v", "b"), refused=rows))
+    assert text.count("refused (changed-data)") == 5
+    assert "36 more of the kind: variable_4, " in text
+    assert "variable_39" not in text

@@ -43,6 +43,8 @@ from kmend.kernel.kbuild import CompileCommand, module_command
 
 #: What kmend adds to kbuild's flags: a section per function and per variable, to tell them apart.
 SPLIT_SECTIONS = ("-ffunction-sections", "-fdata-sections")
+#: The same with the types of the unit in a .BTF section, for the comparison of layouts. It changes no code.
+SPLIT_WITH_TYPES = (*SPLIT_SECTIONS, "-gbtf")
 #: Seconds; the slowest unit of 6.1 takes 16 on a shared machine.
 TIMEOUT = 600.0
 
@@ -120,6 +122,56 @@ def compile_unit(
         end = perf_counter()
         made.replace(path)
     return Compiled(path, deps, end - start, end - objtool_start, False, warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessed:
+    """What the compiler proper would see of a unit: a digest of the text, and the files that were read."""
+
+    digest: str
+    deps: tuple[str, ...]
+
+
+def preprocessed(
+    unit: Unit,
+    command: CompileCommand,
+    *,
+    tree: Path,
+    scratch: Path,
+    children: Children | None = None,
+) -> Preprocessed:
+    """Preprocess ``unit`` as it lies in ``tree``; line markers are left out, ``__LINE__`` is expanded.
+
+    Two equal digests compile to equal code: the compiler gets the same words in the same order, and what
+    else it knows of the lines goes into debug information only.
+
+    Raises:
+        Failed: (rule ``compile-error``) the preprocessor's first errors are the reason; (rule ``timeout``).
+    """
+    listing = scratch / f"{object_name(unit).replace('/', '%')}.d"
+    result = run(
+        [
+            *compiler_arguments(command),
+            "-w",
+            "-E",
+            "-P",
+            "-MD",
+            "-MF",
+            str(listing),
+            "-MT",
+            "o",
+            command.source,
+        ],
+        cwd=tree,
+        timeout=TIMEOUT,
+        check=False,
+        children=children,
+    )
+    if result.status != 0:
+        raise _compile_error(unit, result.status, result.errors)
+    deps = read_dependencies(listing.read_text(errors="surrogateescape"))
+    listing.unlink()
+    return Preprocessed(hashlib.sha256(result.stdout).hexdigest(), deps)
 
 
 def compiler_arguments(
@@ -428,6 +480,51 @@ def compile_pairs(
             children.stop()
             raise
     return {unit: Pair(done[unit, False], done[unit, True]) for unit in commands}
+
+
+def differing_units(
+    config: Config,
+    target: Target,
+    commands: Mapping[Unit, CompileCommand],
+    *,
+    patched_tree: Path,
+    scratch: Path,
+    progress: Progress,
+    check: Callable[[Unit, Sequence[str]], None],
+) -> tuple[Unit, ...]:
+    """Which units the preprocessor turns into another text in ``patched_tree``, in the order given.
+
+    ``check`` is called with what each patched unit read.
+
+    Raises:
+        Failed: the first failure, as :func:`preprocessed`.
+    """
+    progress.step(f"preprocessing {len(commands)} units that may include a changed header")
+    children = Children()
+    folders = (scratch / "before", scratch / "after")
+    for folder in folders:
+        folder.mkdir()
+
+    def differs(unit: Unit) -> bool:
+        after = preprocessed(unit, commands[unit], tree=patched_tree, scratch=folders[1], children=children)
+        check(unit, after.deps)
+        before = preprocessed(unit, commands[unit], tree=target.source, scratch=folders[0], children=children)
+        return before.digest != after.digest
+
+    found: set[Unit] = set()
+    with ThreadPoolExecutor(max_workers=config.jobs, thread_name_prefix="preprocess") as pool:
+        tasks = {pool.submit(differs, unit): unit for unit in commands}
+        try:
+            for done, task in enumerate(as_completed(tasks), 1):
+                if task.result():
+                    found.add(tasks[task])
+                progress.amount(done, len(tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            children.stop()
+            raise
+    return tuple(unit for unit in commands if unit in found)
 
 
 def compile_snippet(target: Target, c_source: str, *, out: Path, module_name: str) -> Path:

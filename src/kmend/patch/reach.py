@@ -24,6 +24,9 @@ class UnitLookup(Protocol):
     def explain_absent(self, source: str, /) -> str:
         """Why no unit is compiled from the source file in this configuration."""
 
+    def including(self, header: str, /) -> tuple[Unit, ...]:
+        """Every unit that may include the header, through others as well; too many rather than too few."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReachedFile:
@@ -35,10 +38,12 @@ class ReachedFile:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What is to be compiled twice: ``units`` without repetition, in the order of the files."""
+    """What a patch can change: ``units`` that are compiled from its C files, without repetition, in their
+    order; ``candidates`` beside them, which may include one of its headers."""
 
     files: tuple[ReachedFile, ...]
     units: tuple[Unit, ...]
+    candidates: tuple[Unit, ...] = ()
     warnings: tuple[Refusal, ...] = ()
 
 
@@ -142,12 +147,6 @@ REFUSED = (
         "make the change in C files alone",
     ),
     PathRule(
-        "header-change",
-        suffixed(".h"),
-        "a header reaches an unknown number of units, and may change the layout of data that is in use",
-        "make the change in C files, with a local definition where one is needed",
-    ),
-    PathRule(
         "asm-unit",
         suffixed(".S", ".s"),
         "assembler code has no entry through which ftrace could redirect it",
@@ -166,7 +165,7 @@ def reach(applied: Applied, lookup: UnitLookup) -> Reach:
     """Find the units of every changed file.
 
     Raises:
-        Refused: with every file that cannot be live patched (``header-change``, ``asm-unit``,
+        Refused: with every file that cannot be live patched (``asm-unit``,
             ``vdso``, ``boot-code``, ``build-system-change``, ``rust-unit``, ``library-member``,
             ``deleted-unit``), or ``not-compiled`` when no changed file is compiled at all.
     """
@@ -202,8 +201,15 @@ def reach(applied: Applied, lookup: UnitLookup) -> Reach:
         ]
     if refusals:
         raise Refused(refusals)
-    units = tuple(dict.fromkeys(unit for file in files for unit in file.units))
-    return Reach(tuple(files), units, tuple(warnings))
+    units = tuple(dict.fromkeys(u for file in files if not is_header(file.path) for u in file.units))
+    certain = set(units)
+    candidates = dict.fromkeys(u for file in files if is_header(file.path) for u in file.units)
+    return Reach(tuple(files), units, tuple(u for u in candidates if u not in certain), tuple(warnings))
+
+
+def is_header(path: str) -> bool:
+    """Whether a file is included and never compiled by itself."""
+    return path.endswith((".h", ".inc"))
 
 
 def _one(
@@ -225,7 +231,10 @@ def _one(
             special = next((row for row in OUTSIDE_UNITS if row.matches(path)), rule)
             refusals.append(_row(special if rule.rule != "build-system-change" else rule, file.path))
             return
-    units = units_of(file.path, lookup)
+    if is_header(file.path):
+        units = lookup.including(file.path) or units_of(file.path, lookup)
+    else:
+        units = units_of(file.path, lookup)
     if not units:
         for rule in OUTSIDE_UNITS:
             if rule.matches(path):
@@ -234,6 +243,8 @@ def _one(
         why = (
             "no makefile compiles the new file, and no compiled file includes it"
             if file.old is None
+            else "no compiled unit includes it"
+            if is_header(file.path)
             else lookup.explain_absent(file.path)
         )
         warnings.append(
@@ -245,7 +256,7 @@ def _one(
             )
         )
         return
-    if file.new is None:
+    if file.new is None and not is_header(file.path):
         refusals.append(
             Refusal(
                 "deleted-unit",
@@ -255,6 +266,9 @@ def _one(
                 "keep the file and change its functions instead",
             )
         )
+        return
+    if is_header(file.path):
+        files.append(ReachedFile(file.path, units))
         return
     members = [unit for unit in units if unit.linkage is Linkage.LIBRARY]
     refusals.extend(

@@ -20,6 +20,10 @@ HEADLINES = {
     Outcome.FAILED: "failed",
 }
 
+#: How many reasons of one rule are shown in full, and how many more by name.
+IN_FULL = 4
+BY_NAME = 12
+
 
 def to_document(report: BuildReport) -> dict[str, object]:
     """The report as the values of its JSON document, keys in the order of the contract."""
@@ -171,13 +175,28 @@ def to_text(report: BuildReport) -> str:
     if rows:
         lines += ["", *columns([("object", "function", "status", "why"), *rows])]
     for title, reasons in (("refused", report.refused), ("warning", report.warnings)):
-        for reason in reasons:
-            lines += ["", *reason_lines(title, reason)]
+        lines += grouped(title, reasons)
     if report.verified.functions:
         lines += ["", verified_line(report.verified)]
     if report.timings:
         lines += ["", timings_line(report.timings)]
     return "\n".join(lines) + "\n"
+
+
+def grouped(title: str, reasons: Iterable[Refusal]) -> list[str]:
+    """All reasons; of each rule the first few in full and the others by name (JSON has them all)."""
+    lines: list[str] = []
+    by_rule: dict[str, list[Refusal]] = {}
+    for reason in reasons:
+        by_rule.setdefault(reason.rule, []).append(reason)
+    for rule, group in by_rule.items():
+        for reason in group[:IN_FULL]:
+            lines += ["", *reason_lines(title, reason)]
+        left = [reason.what for reason in group[IN_FULL:]]
+        if left:
+            names = ", ".join(left[:BY_NAME]) + (", …" if len(left) > BY_NAME else "")
+            lines += ["", f"{title} ({rule}): {len(left)} more of the kind: {names}"]
+    return lines
 
 
 def reason_lines(title: str, reason: Refusal) -> list[str]:
