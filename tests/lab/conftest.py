@@ -78,7 +78,12 @@ def request_55(kernel_55: LabKernel, modules: dict[str, Path], config: Config, t
         if script is not None:
             path = tmp_path / "script.sh"
             path.write_text(f"#!/bin/sh\n{script}\n")
-        fields: dict[str, object] = {"cache": config.lab, "script": path, **more}
+        fields: dict[str, object] = {
+            "cache": config.lab,
+            "script": path,
+            "vmlinux": kernel_55.vmlinux,
+            **more,
+        }
         return TrialRequest(
             kernel_55.release,
             kernel_55.vmlinuz,

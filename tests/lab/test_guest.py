@@ -53,6 +53,19 @@ def test_it_runs_the_stock_kernel_and_returns_all_three_results(guest: Guest, ke
         guest.run("echo why >&2; exit 3", check=True)
 
 
+def test_the_kernel_is_not_at_its_link_address(guest: Guest) -> None:
+    """As under KASLR: an address held as a constant must not fit by chance."""
+    (line,) = [line for line in guest.run("grep ' _text$' /proc/kallsyms").text.splitlines() if line]
+    assert int(line.split()[0], 16) not in (0, 0xFFFFFFFF81000000)
+
+
+def test_the_packed_image_boots_as_well(kernel_55: LabKernel, tmp_path: Path) -> None:
+    """A custom target's vmlinux may lack relocations; KVM takes this way always."""
+    packed = LabKernel(kernel_55.release, kernel_55.vmlinuz, kernel_55.modules)
+    with Guest.of(packed, tmp_path, TCG) as guest:
+        assert guest.run("uname -r").text == kernel_55.release
+
+
 def test_files_go_both_ways_unchanged(guest: Guest) -> None:
     data = bytes(range(256)) * 4096 + b"\n\0"
     guest.put("/root/deep/folder/odd 'name'", data, 0o700)
@@ -173,7 +186,7 @@ def test_a_second_start_takes_a_moment(kernel_55: LabKernel, config: Config) -> 
 def test_a_damaged_snapshot_is_replaced(kernel_55: LabKernel, config: Config, tmp_path: Path) -> None:
     with Guest.of(kernel_55, config.lab, TCG, share=False):
         pass
-    key = snapshot.key_of(kernel_55.vmlinuz, initramfs.build(kernel_55), MachineSettings())
+    key = snapshot.key_of(kernel_55.vmlinuz, initramfs.build(kernel_55), MachineSettings(), direct=True)
     (tmp_path / "snapshots").mkdir()
     run(["cp", "-a", "--sparse=always", config.lab / "snapshots" / key, tmp_path / "snapshots"])
     with (tmp_path / "snapshots" / key / "mem").open("r+b") as file:
@@ -186,7 +199,7 @@ def test_a_damaged_snapshot_is_replaced(kernel_55: LabKernel, config: Config, tm
 
 def test_a_sound_snapshot_that_does_not_wake_is_replaced(kernel_55: LabKernel, tmp_path: Path) -> None:
     """Its digest is right, but its contents are no machine: only trying tells."""
-    key = snapshot.key_of(kernel_55.vmlinuz, initramfs.build(kernel_55), MachineSettings())
+    key = snapshot.key_of(kernel_55.vmlinuz, initramfs.build(kernel_55), MachineSettings(), direct=True)
     folder = tmp_path / "snapshots" / key
     folder.mkdir(parents=True)
     (folder / "mem").write_bytes(b"")

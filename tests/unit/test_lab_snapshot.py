@@ -182,6 +182,7 @@ def test_the_key_depends_on_everything_that_makes_the_guest(
     keys = [
         key_of(kernel, b"initrd", base),
         key_of(kernel, b"initrd2", base),
+        key_of(kernel, b"initrd", base, direct=True),
         key_of(kernel, b"initrd", MachineSettings(Accel.KVM)),
         key_of(kernel, b"initrd", MachineSettings(cpus=2)),
         key_of(kernel, b"initrd", MachineSettings(memory=256)),

@@ -96,6 +96,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         release=kernel.release,
         vmlinuz=kernel.vmlinuz,
         modules=kernel.modules,
+        vmlinux=kernel.vmlinux,
         patches=patches,
         cache=context.config.lab,
         script=Path(args.script) if args.script else None,

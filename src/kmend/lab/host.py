@@ -16,7 +16,7 @@ from time import monotonic
 from kmend.core.errors import Failed, KmendError
 from kmend.core.files import write_atomically
 from kmend.core.progress import Progress, Timings
-from kmend.lab import initramfs
+from kmend.lab import direct, initramfs
 from kmend.lab.channel import Channel, Expired, Hangup
 from kmend.lab.kernel import LabKernel
 from kmend.lab.machine import Accel, Machine, MachineSettings, Shares
@@ -84,7 +84,7 @@ class Host:
         assert self._machine is not None
         return Machine(
             self._machine,
-            self.kernel.vmlinuz,
+            direct.stub() if self._is_direct(self._machine) else self.kernel.vmlinuz,
             self._initrd,
             self._shares(),
             snapshot.memory_fd,
@@ -98,7 +98,7 @@ class Host:
         return MachineSettings(accel, self._settings.cpus, self._settings.memory, self._settings.parameters)
 
     def _snapshot_of(self, machine: MachineSettings, stop: threading.Event | None = None) -> Snapshot:
-        key = key_of(self.kernel.vmlinuz, self._initrd, machine)
+        key = key_of(self.kernel.vmlinuz, self._initrd, machine, direct=self._is_direct(machine))
         if found := self._snapshots.find(key):
             return found
         self._progress.step(f"booting {self.kernel.release} once, to keep a snapshot of it")
@@ -114,13 +114,22 @@ class Host:
     ) -> None:
         """Boot until both agents answer; with ``state_fd`` save the machine then. QEMU is gone afterwards."""
         os.ftruncate(memory_fd, machine.memory << 20)
-        guest = Machine(machine, self.kernel.vmlinuz, self._initrd, self._shares(), memory_fd)
+        image: Path | bytes = self.kernel.vmlinuz
+        if self._is_direct(machine) and self.kernel.vmlinux is not None:
+            image = direct.moved(self.kernel.vmlinux, machine.memory << 20)
+        guest = Machine(machine, image, self._initrd, self._shares(), memory_fd)
+        del image  # 60 MB
         try:
             _answers(guest, monotonic() + BOOT_LIMIT, stop)
             if state_fd is not None:
                 guest.save(state_fd)
         finally:
             guest.close()
+
+    def _is_direct(self, machine: MachineSettings) -> bool:
+        """Whether the unpacked image is started: under TCG, where unpacking takes seconds."""
+        vmlinux = self.kernel.vmlinux
+        return machine.accel is Accel.TCG and vmlinux is not None and direct.possible(vmlinux)
 
     def _chosen(self) -> MachineSettings:
         """The machine with the accelerator that was asked for, or the best that works here."""

@@ -127,7 +127,7 @@ class Machine:
     def __init__(
         self,
         settings: MachineSettings,
-        kernel: Path,
+        kernel: Path | bytes,
         initrd: bytes,
         shares: Shares,
         memory_fd: int,
@@ -135,6 +135,8 @@ class Machine:
         state_fd: int | None = None,
     ) -> None:
         """Start QEMU: boot (the guest's memory is the file ``memory_fd``, shared), or restore.
+
+        ``kernel`` is a vmlinuz, or the contents of an image that :mod:`~kmend.lab.direct` made.
 
         To restore, ``state_fd`` is the saved machine state; the memory file then only serves as the
         guest's first contents and is never written.
@@ -148,16 +150,17 @@ class Machine:
         with contextlib.ExitStack() as stack:
             ours: dict[str, socket.socket] = {}
             theirs: dict[str, int] = {}
-            keep: list[int] = []
             for name in ("main", "control", "qmp"):
                 mine, other = socket.socketpair()
                 ours[name] = mine
                 stack.callback(other.close)
                 theirs[name] = other.fileno()
             self._console, self._errors = _Memory("kmend-console"), _Memory("kmend-qemu")
-            initrd_fd = os.memfd_create("kmend-initrd", os.MFD_CLOEXEC)
-            stack.callback(os.close, initrd_fd)
-            os.pwrite(initrd_fd, initrd, 0)
+            initrd_fd = _given(initrd, stack)
+            keep = [initrd_fd]
+            if isinstance(kernel, bytes):
+                keep.append(_given(kernel, stack))
+                kernel = Path(f"/proc/self/fd/{keep[-1]}")
             values = {
                 **{name: str(fd) for name, fd in theirs.items()},
                 "mem": str(memory_fd),
@@ -169,7 +172,7 @@ class Machine:
             }
             line = [_filled(word, values) for word in arguments(settings, share_memory=state_fd is None)]
             line += ["-kernel", str(kernel), "-initrd", f"/proc/self/fd/{initrd_fd}"]
-            keep = [*theirs.values(), memory_fd, self._console.fd, initrd_fd]
+            keep += [*theirs.values(), memory_fd, self._console.fd]
             if state_fd is not None:
                 line += ["-incoming", "defer"]
                 keep.append(state_fd)
@@ -304,6 +307,16 @@ class _Memory:
         if self._kept is None:
             self._kept = self.read(0)
             os.close(self.fd)
+
+
+def _given(data: bytes, stack: contextlib.ExitStack) -> int:
+    """A memory file with these contents, which lives as long as ``stack`` (QEMU has its own hold on it)."""
+    fd = os.memfd_create("kmend-file", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return fd
 
 
 def _filled(word: str, values: dict[str, str]) -> str:

@@ -41,8 +41,10 @@ class Snapshot:
         os.close(self.state_fd)
 
 
-def key_of(kernel: Path, initrd: bytes, settings: MachineSettings) -> str:
+def key_of(kernel: Path, initrd: bytes, settings: MachineSettings, *, direct: bool = False) -> str:
     """The name of the snapshot of that kernel image, initramfs, QEMU binary and machine.
+
+    ``direct``: the image was unpacked beforehand (:mod:`~kmend.lab.direct`).
 
     Raises:
         Failed: the kernel image cannot be read. Unable: there is no QEMU.
@@ -60,7 +62,7 @@ def key_of(kernel: Path, initrd: bytes, settings: MachineSettings) -> str:
             rule="no-lab-kernel",
         ) from error
     parts = [
-        *(str(PROTOCOL), image, hashlib.sha256(initrd).hexdigest()),
+        *(str(PROTOCOL), str(direct), image, hashlib.sha256(initrd).hexdigest()),
         *(str(binary.st_size), str(binary.st_mtime_ns), str(binary.st_ino)),
         *arguments(settings, share_memory=False),
     ]

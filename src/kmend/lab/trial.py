@@ -51,7 +51,8 @@ class TrialRequest:
 
     ``timeout`` is for one run of the script, ``transition_timeout`` for one transition, both in seconds.
     ``after``: run the script a third time when the patch has been taken back. ``cache`` is the folder of
-    snapshots (``config.lab``); with ``keep`` everything that was seen is written to a folder in it.
+    snapshots (``config.lab``), ``vmlinux`` as in :class:`~kmend.lab.kernel.LabKernel`. With ``keep``
+    everything that was seen is written to a folder in the cache.
     """
 
     release: str
@@ -65,6 +66,7 @@ class TrialRequest:
     timeout: float = 120.0
     transition_timeout: float = 60.0
     settings: Settings = field(default_factory=Settings)
+    vmlinux: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def run_trial(request: TrialRequest, progress: Progress) -> TrialReport:
     infos = tuple(modinfo.read_livepatch(path) for path in request.patches)
     _check(infos, request.release)
     script = _read_script(request.script) if request.script else None
-    kernel = LabKernel(request.release, request.vmlinuz, request.modules)
+    kernel = LabKernel(request.release, request.vmlinuz, request.modules, request.vmlinux)
     host = Host(kernel, request.cache, request.settings, progress)
     host.snapshot().close()  # here, not in the threads: they would both wait for it in silence
     progress.step(f"trying {', '.join(info.name for info in infos)} on {request.release}")
