@@ -12,16 +12,13 @@ with the compiler runs, and everything else that can be made ready is made ready
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import json
 import re
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +26,7 @@ from typing import TYPE_CHECKING
 from kmend import __version__
 from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Refusal, Refused, UsageError
-from kmend.core.files import write_atomically
+from kmend.core.files import scratch_folder, write_atomically
 from kmend.core.progress import Progress, Timings
 from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
 from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Linkage, Release, Target, Unit
@@ -179,43 +176,9 @@ class TargetView:
         )
 
 
-@contextmanager
-def _scratch(config: Config) -> Iterator[Path]:
-    """A folder for this run only, gone afterwards; what a killed run left behind goes as well.
-
-    Each folder has a locked file beside it: the kernel drops the lock when its holder dies.
-    """
-    base = config.cache / "scratch"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="build-", dir=base))
-        lock = (base / f"{folder.name}.lock").open("w")
-    except OSError as error:
-        raise Failed(
-            f"{base} cannot be written",
-            why=error.strerror or str(error),
-            next_step="free space, or name another cache with --cache",
-            rule="unwritable",
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _sweep(base, keep=folder.name)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
-
-
-def _sweep(base: Path, keep: str) -> None:
-    """Remove the folders of runs that no longer hold their lock."""
-    for path in base.glob("build-*.lock"):
-        if path.stem == keep:
-            continue
-        with suppress(OSError), path.open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(base / path.stem, ignore_errors=True)
-            path.unlink(missing_ok=True)
+def _scratch(config: Config) -> AbstractContextManager[Path]:
+    """A folder for this run only."""
+    return scratch_folder(config.cache / "scratch", "build")
 
 
 class _Lookup:
@@ -307,8 +270,14 @@ def build(request: BuildRequest, config: Config, progress: Progress) -> BuildRep
 def _write_report(report: BuildReport) -> None:
     from kmend.report.build import to_document
 
-    path = Path(report.module or "").with_suffix(".json")
-    write_atomically(path, (json.dumps(to_document(report), indent=2) + "\n").encode())
+    module = Path(report.module or "")
+    try:
+        write_atomically(
+            module.with_suffix(".json"), (json.dumps(to_document(report), indent=2) + "\n").encode()
+        )
+    except KmendError:
+        module.unlink(missing_ok=True)  # without its report nobody knows what it is
+        raise
 
 
 class _Build:

@@ -11,6 +11,7 @@ import pytest
 
 from kmend.core.config import Config, load
 from kmend.core.errors import Failed
+from kmend.core.files import scratch_folder
 from kmend.core.progress import Silent
 from kmend.core.target import Linkage, Release, Target, Unit
 from kmend.kernel import compile as compiling
@@ -180,17 +181,28 @@ def test_cache_heeds_objtool_and_new_headers(target: Target, settings: Config, t
 
 
 def test_left_overs_of_killed_runs_are_swept(target: Target, settings: Config) -> None:
-    import os  # noqa: PLC0415
-
     work = settings.objects / "work"
-    dead, mine = work / "999999999.x", work / f"{os.getpid()}.y"
-    for folder in (dead, mine):
-        folder.mkdir(parents=True)
-        os.utime(folder, (0, 0))
-    fresh = work / "999999998.z"
-    fresh.mkdir()
-    compiling.original(settings, target, UNIT, COMMAND)
-    assert not dead.exists() and mine.exists() and fresh.exists()
+    (work / "unit-dead" / "fs").mkdir(parents=True)
+    (work / "unit-dead.lock").touch()
+    with scratch_folder(work, "unit") as alive:
+        compiling.original(settings, target, UNIT, COMMAND)
+        assert sorted(path.name for path in work.iterdir()) == [alive.name, f"{alive.name}.lock"]
+    assert list(work.iterdir()) == []
+
+
+def test_a_full_disk_is_not_the_authors_error(tree: Path, target: Target, tmp_path: Path) -> None:
+    """The compiler is the one to meet it, and says so among its own errors."""
+    fake = tree / "full.sh"
+    fake.write_text(
+        '#!/bin/sh\necho "$TMPDIR/x.s: Fatal error: $TMPDIR: No space left on device" >&2; exit 1\n'
+    )
+    fake.chmod(0o755)
+    command = replace(COMMAND, compiler=(str(fake),))
+    with pytest.raises(Failed) as caught:
+        compiling.compile_unit(target, UNIT, command, tree=tree, out=tmp_path / "out")
+    assert caught.value.rule == "disk-full"
+    assert str(tmp_path / "out") in caught.value.why, "gcc's own files must not go to /tmp"
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 def test_pairs(target: Target, settings: Config, tree: Path, tmp_path: Path) -> None:

@@ -31,15 +31,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from time import perf_counter, time
+from time import perf_counter
 
 from kmend.core.config import Config
 from kmend.core.errors import Failed
-from kmend.core.files import write_atomically
+from kmend.core.files import scratch_folder, write_atomically
 from kmend.core.progress import Progress
 from kmend.core.run import Children, run
 from kmend.core.target import Linkage, Target, Unit
 from kmend.kernel.kbuild import CompileCommand, module_command
+from kmend.kernel.work import FULL, disk_full
 
 #: What kmend adds to kbuild's flags: a section per function and per variable, to tell them apart.
 SPLIT_SECTIONS = ("-ffunction-sections", "-fdata-sections")
@@ -102,12 +103,15 @@ def compile_unit(
     argv = compiler_arguments(command, extra_flags, debug_info=debug_info)
     path = out / object_name(unit)
     with _scratch(path) as folder:
+        # gcc's own temporary files too: a compiler that is killed leaves them where they are
+        env = {"TMPDIR": str(folder)}
         made = folder / path.name
         listing = folder / "deps"
         start = perf_counter()
         result = run(
             [*argv, "-MD", "-MF", str(listing), "-MT", "o", "-c", "-o", str(made), command.source],
             cwd=tree,
+            env=env,
             timeout=timeout,
             check=False,
             children=children,
@@ -205,6 +209,8 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: OSError) -> Failed:
+    if FULL.search(str(error)):
+        return disk_full(str(error))
     return Failed(
         f"{path} cannot be written",
         why=error.strerror or str(error),
@@ -214,6 +220,8 @@ def _unwritable(path: Path, error: OSError) -> Failed:
 
 
 def _compile_error(unit: Unit, status: int, text: str) -> Failed:
+    if full := next((line.strip() for line in text.splitlines() if FULL.search(line)), ""):
+        return disk_full(full)
     lines = [line for line in text.splitlines() if re.search(r"\b(?:error|fatal error|undefined)\b", line)]
     if status < 0:
         lines = [f"the compiler was ended by signal {-status}", *lines]
@@ -244,6 +252,8 @@ def _objtool(
         if line.strip()
     )
     if result.status != 0:
+        if full := next((line for line in said if FULL.search(line)), ""):
+            raise disk_full(full)
         raise Failed(
             f"objtool failed on {unit.obj}",
             why="\n".join(said[:5]) or f"status {result.status}",
@@ -292,14 +302,7 @@ def original(
             return found
     except (OSError, ValueError, TypeError):
         pass  # no manifest, a damaged one, or a file of it is gone: compile
-    scratch = store / "work"
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        _sweep(scratch)
-        folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}.", dir=scratch))
-    except OSError as error:
-        raise _unwritable(store, error) from error
-    try:
+    with scratch_folder(store / "work", "unit") as folder:
         made = compile_unit(
             target,
             unit,
@@ -310,32 +313,22 @@ def original(
             debug_info=debug_info,
             children=children,
         )
-        result_key = _object_key(key, target.source, made.deps)
-        place = _place(store, result_key)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        row = {
-            "sha256": hashlib.sha256(made.path.read_bytes()).hexdigest(),
-            "seconds": made.seconds,
-            "objtool": made.objtool_seconds,
-            "warnings": made.warnings,
-        }
-        write_atomically(place.with_suffix(".json"), json.dumps(row).encode())
-        made.path.replace(place)
-        write_atomically(manifest, json.dumps(made.deps).encode())
-    except OSError as error:
-        raise _unwritable(store, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            result_key = _object_key(key, target.source, made.deps)
+            place = _place(store, result_key)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            row = {
+                "sha256": hashlib.sha256(made.path.read_bytes()).hexdigest(),
+                "seconds": made.seconds,
+                "objtool": made.objtool_seconds,
+                "warnings": made.warnings,
+            }
+            write_atomically(place.with_suffix(".json"), json.dumps(row).encode())
+            made.path.replace(place)
+            write_atomically(manifest, json.dumps(made.deps).encode())
+        except OSError as error:
+            raise _unwritable(store, error) from error
     return dataclasses.replace(made, path=place)
-
-
-def _sweep(scratch: Path) -> None:
-    """Remove what killed runs left: folders named by a process that is gone, an hour old at least."""
-    for entry in os.scandir(scratch):
-        pid = entry.name.partition(".")[0]
-        with contextlib.suppress(OSError):
-            if pid.isdigit() and entry.stat().st_mtime < time() - 3600 and not Path("/proc", pid).exists():
-                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _place(store: Path, key: str) -> Path:
