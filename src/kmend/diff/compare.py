@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from kmend.diff.special import ORC, SATELLITES, TABLE, Entry, SpecialSections
+from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry, SpecialSections
 from kmend.diff.twins import Twins, match
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import SHF_ALLOC, Reloc, Section
@@ -282,7 +282,7 @@ class _Comparer:
                     and section.size
                     and not section.strings
                     and section.name not in TABLE
-                    and section.name not in SATELLITES
+                    and section.name not in SATELLITES | DISPENSABLE
                     and section.name != ORC
                     and not section.name.startswith((".rodata.cst", ".note."))
                     and not unit.parts_in(section.index)

@@ -50,7 +50,6 @@ TABLE: dict[str, SpecialRow] = {
         SpecialRow(".retpoline_sites", (4,), True, "tools/objtool/check.c, create_retpoline_sites_sections"),
         SpecialRow(".return_sites", (4,), True, "tools/objtool/check.c, create_return_sites_sections"),
         SpecialRow(".call_sites", (4,), True, "tools/objtool/check.c, create_direct_call_sections"),
-        SpecialRow(".ibt_endbr_seal", (4,), True, "tools/objtool/check.c, create_ibt_endbr_seal_sections"),
         SpecialRow("__jump_table", (16,), True, "include/linux/jump_label.h, struct jump_entry"),
         SpecialRow(
             ".static_call_sites", (8,), True, "include/linux/static_call_types.h, struct static_call_site"
@@ -63,6 +62,10 @@ ORC = ".orc_unwind"
 ORC_IP = ".orc_unwind_ip"
 #: Code that the above refer to and that belongs to no function symbol.
 SATELLITES = frozenset({".altinstr_replacement", ".altinstr_aux"})
+#: Tables about functions that a module can do without. ``.ibt_endbr_seal`` says whose ENDBR may be erased,
+#: which objtool can only know of the whole link; ``__patchable_function_entries`` where gcc put padding,
+#: which x86's ftrace does not use.
+DISPENSABLE = frozenset({".ibt_endbr_seal", "__patchable_function_entries"})
 
 
 @dataclass(frozen=True, slots=True)

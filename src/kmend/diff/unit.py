@@ -39,6 +39,8 @@ from kmend.insn.decode import ends
 
 #: GCC's names for clones of a function (gcc/symtab.cc, clone_function_name).
 CLONE = re.compile(r"\.(?:isra|constprop|part|cold|lto_priv|localalias)(?:\.\d+)?")
+#: objtool's names for the padding in front of functions.
+PADDING = "__pfx_"
 #: GCC's numbering of static local variables.
 NUMBER = re.compile(r"\.\d+$")
 
@@ -64,6 +66,8 @@ class Part:
     size: int
     symbol: int
     local: bool
+    #: bytes in front of the function that go with it (``__pfx_NAME``, with ``CONFIG_FUNCTION_PADDING``)
+    pad: int = 0
 
     @property
     def end(self) -> int:
@@ -142,8 +146,18 @@ class UnitObject:
     def _collect(self) -> None:
         seen: dict[tuple[int, int, PartKind], Part] = {}
         counts: dict[str, int] = {}
+        # objtool names the padding in front of a function (tools/objtool/check.c, add_prefix_symbol, since
+        # 9f2899fe36a6 "objtool: Add option to generate prefix symbols", 6.2). It is part of the function:
+        # call depth tracking writes code there (arch/x86/kernel/callthunks.c).
+        pads = {
+            (s.section, s.value + s.size): s.size
+            for s in self.elf.symbols
+            if s.type == STT_FUNC and s.name.startswith(PADDING)
+        }
         for symbol in self.elf.symbols:
             if not symbol.defined or symbol.type not in (STT_FUNC, STT_OBJECT):
+                continue
+            if symbol.type == STT_FUNC and symbol.name.startswith(PADDING):
                 continue
             section = self.elf.sections[symbol.section]
             if symbol.size == 0:
@@ -174,6 +188,7 @@ class UnitObject:
                 symbol.size,
                 symbol.index,
                 symbol.is_local,
+                pads.get((symbol.section, symbol.value), 0) if kind is PartKind.FUNCTION else 0,
             )
             seen[place] = part
             self.parts[key] = part
@@ -181,7 +196,7 @@ class UnitObject:
             self._by_section.setdefault(symbol.section, []).append(part)
         for index, parts in self._by_section.items():
             parts.sort(key=lambda p: p.start)
-            self._starts[index] = [p.start for p in parts]
+            self._starts[index] = [p.start - p.pad for p in parts]
 
     # -- what lies where -------------------------------------------------
 
@@ -211,7 +226,11 @@ class UnitObject:
 
     def alone(self, part: Part) -> bool:
         """Whether the part has its section to itself."""
-        return len(self._by_section[part.section]) == 1 and part.start == 0
+        return len(self._by_section[part.section]) == 1 and part.start == part.pad
+
+    def padding(self, part: Part) -> bytes:
+        """The bytes in front of a function that go with it; empty for most kernels."""
+        return self.section_of(part).data[part.start - part.pad : part.start]
 
     def code(self, part: Part) -> bytes:
         """The part's bytes (zeros for ``.bss``)."""
@@ -258,9 +277,9 @@ class UnitObject:
         if target.index in self._empty:
             return Ref(RefKind.EMPTY, self._empty[target.index], raw, target.index)
         inside = self._by_section.get(target.index, [])
-        whole = len(inside) == 1 and inside[0].start == 0 and inside[0].end == target.size
+        whole = len(inside) == 1 and inside[0].start == inside[0].pad and inside[0].end == target.size
         if whole and not target.flags & SHF_MERGE:
-            return Ref(RefKind.PART, inside[0].key, raw)
+            return Ref(RefKind.PART, inside[0].key, raw - inside[0].start)
         exact = raw + self.tail(section, reloc)
         part = self.covering(target.index, exact)
         if part is None and inside and exact == target.size == inside[-1].end:

@@ -253,7 +253,9 @@ class _Assembler:
                 section.type if section.type == SHT_NOBITS else SHT_PROGBITS,
                 section.flags & (SHF_ALLOC | SHF_WRITE | SHF_EXECINSTR),
             )
-            at = out.add(new.code(part), 16 if part.kind is PartKind.FUNCTION else section.align)
+            pad = new.padding(part)
+            at = out.add(pad + new.code(part), 16 if part.kind is PartKind.FUNCTION else section.align)
+            at += len(pad)
             symbol = self._symbol(
                 part.name,
                 out.section,

@@ -37,6 +37,9 @@ EARLY = (
     ".parainstructions",
 )
 
+#: CONFIG_FUNCTION_PADDING_BYTES on x86-64 (arch/x86/Kconfig).
+PADDING_BYTES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class TargetFacts:
@@ -304,11 +307,16 @@ class _Checker:
                 for reloc in section.relocs:
                     symbol = self.elf.symbols[reloc.symbol]
                     covered.setdefault(symbol.section, []).append(symbol.value + reloc.addend)
+        ends = {(s.section, s.value + s.size) for s in self.elf.symbols if s.type == STT_FUNC and s.defined}
         for symbol in self.elf.symbols:
             if symbol.type != STT_FUNC or not symbol.defined or symbol.size == 0:
                 continue
             self._count("unwind")
-            if symbol.value not in covered.get(symbol.section, ()):
+            places = covered.get(symbol.section, ())
+            # With padding in front of functions the entry begins with the padding; what ends there is the
+            # function before, and the entry the mark of its end.
+            padded = symbol.value - PADDING_BYTES
+            if symbol.value not in places and not (padded in places and (symbol.section, padded) not in ends):
                 yield Refusal(
                     "no-unwind-data",
                     symbol.name,
