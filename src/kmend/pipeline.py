@@ -17,9 +17,10 @@ import importlib
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from kmend.elf.model import ElfFile
     from kmend.kernel.kbuild import CompileCommand
     from kmend.module.layout import Layout
+    from kmend.module.resolve import Resolution
     from kmend.patch.model import PatchSet
     from kmend.verify.rules import Checked, TargetFacts
     from kmend.verify.symbols import Proof, World
@@ -316,16 +318,9 @@ class _Build:
                 works = self._diff(pairs, layout)
                 if not works:
                     return self._nothing()
-                works = self._share(works)
             with measure("verify"):
                 self.progress.step("proving against the kernel's own code")
-                shared = frozenset(
-                    work.diff.new.parts[key].name
-                    for work in works
-                    for key in work.selection.included
-                    if key not in work.diff.twins.original and not work.diff.new.parts[key].local
-                )
-                proofs = [self._prove(view, work, shared, layout, scratch) for work in works]
+                proofs = self._prove(view, works, layout, scratch)
             refusals = [*dict.fromkeys(self.refusals), *(r for w in works for r in w.selection.refusals)]
             refusals += [r for p in proofs for r in p.refusals]
             if refusals:
@@ -475,11 +470,15 @@ class _Build:
         for unit, old, new in pairs:
             diff = compare(old, new, layout.special_sizes())
             selection = select(diff)
-            if not diff.nothing or selection.refusals:
+            # What is new alone changes nothing here, but another unit may need it.
+            if not diff.nothing or diff.new_functions or diff.new_data or selection.refusals:
                 works.append(UnitWork(unit, diff, selection))
                 self.refusals += self._types(old, new)
             self.warnings += selection.warnings
-        return works
+        works = [w for w in self._share(works) if w.selection.included or w.selection.refusals]
+        if any(w.selection.changed or w.selection.refusals for w in works) or self.refusals:
+            return works
+        return []
 
     @staticmethod
     def _types(old: UnitObject, new: UnitObject) -> tuple[Refusal, ...]:
@@ -492,11 +491,14 @@ class _Build:
         return changed_layouts(before, after)
 
     def _share(self, works: list[UnitWork]) -> list[UnitWork]:
-        """Let each unit bring along its new global functions and variables that another unit needs."""
+        """Let each unit bring along its new global functions and variables that another unit needs.
+
+        Of the same object: another module may have a global symbol of that name, which is not the one meant.
+        """
         from kmend.diff.select import select
 
         while True:
-            wanted = {name for work in works for name in work.selection.externs}
+            wanted = {(work.unit.owner, name) for work in works for name in work.selection.externs}
             again = False
             out = []
             for work in works:
@@ -504,7 +506,7 @@ class _Build:
                 roots = [
                     key
                     for key, part in new.parts.items()
-                    if not part.local and key not in twins and part.name in wanted
+                    if not part.local and key not in twins and (work.unit.owner, part.name) in wanted
                 ]
                 if set(roots) <= set(work.selection.included):
                     out.append(work)
@@ -518,15 +520,32 @@ class _Build:
     # -- proof ----------------------------------------------------------------------------------
 
     def _prove(
-        self, view: TargetView, work: UnitWork, shared: frozenset[str], layout: Layout, scratch: Path
-    ) -> Proof:
+        self, view: TargetView, works: Sequence[UnitWork], layout: Layout, scratch: Path
+    ) -> list[Proof]:
+        """Prove every unit; those of one object know of what the others bring and make global."""
         from kmend.verify.symbols import Prover
 
-        prover = Prover(view.world(), work.unit.owner, work.diff.old, work.diff.old_special)
-        proof = prover.prove(work.selection, shared)
-        if proof.mismatches:
-            self._second_look(view, work, proof, layout, scratch)
-        return proof
+        provers = [Prover(view.world(), w.unit.owner, w.diff.old, w.diff.old_special) for w in works]
+        for work, prover in zip(works, provers, strict=True):
+            shared: set[str] = set()
+            promoted: dict[str, Callable[[], Resolution | None]] = {}
+            for other, its in zip(works, provers, strict=True):
+                if other.unit.owner != work.unit.owner:
+                    continue
+                for key, part in other.diff.new.parts.items():
+                    twin = other.diff.twins.original.get(key)
+                    if part.local:
+                        continue
+                    if twin is not None and other.diff.old.parts[twin].local:
+                        promoted[part.name] = partial(its.reach, other.diff.old.parts[twin])
+                    elif twin is None and key in other.selection.included:
+                        shared.add(part.name)
+            prover.prove(work.selection, frozenset(shared), promoted)
+        proofs = [prover.proof for prover in provers]
+        for work, proof in zip(works, proofs, strict=True):
+            if proof.mismatches:
+                self._second_look(view, work, proof, layout, scratch)
+        return proofs
 
     def _second_look(
         self, view: TargetView, work: UnitWork, proof: Proof, layout: Layout, scratch: Path
@@ -557,7 +576,9 @@ class _Build:
             second = mismatch if part is None else prover.function(part)
             if second is None and part is not None:
                 proof.identical += 1
+                before = len(prover.proof.refusals)
                 proof.sympos[key] = prover.sympos(part, prover.known[key])
+                proof.refusals += prover.proof.refusals[before:]
             else:
                 proof.refusals.append((second or mismatch).refusal(work.unit.owner))
 

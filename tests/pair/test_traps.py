@@ -28,8 +28,8 @@ def test_a_table_that_the_compiler_made_of_a_switch_changes_its_function(pair: P
     """``CSWTCH.0``: the code stays the same to the byte, the values are in a table of GCC's own."""
     old = """
     int f(int x) {
-        switch (x) { case 0: return 17; case 1: return 4; case 2: return 99; case 3: return 12; case 4: return 8;
-        default: return -1; }
+        switch (x) { case 0: return 17; case 1: return 4; case 2: return 99; case 3: return 12;
+        case 4: return 8; default: return -1; }
     }
     int g(int x) { return outside(x); }
     """

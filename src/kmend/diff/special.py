@@ -89,6 +89,8 @@ class SpecialSections:
         self.by_owner: dict[str, dict[str, list[Entry]]] = {}
         #: entries that no function symbol owns: (section name, section name of the code)
         self.orphans: list[tuple[str, str]] = []
+        #: where the code lies that they are about: section number, offset and the table's name
+        self._loose: list[tuple[int, int, str]] = []
         for section in unit.elf.sections:
             table_row = TABLE.get(section.name)
             if table_row is None or section.size == 0:
@@ -143,6 +145,8 @@ class SpecialSections:
             if owner is None or owner.kind is not PartKind.FUNCTION:
                 where = self.unit.elf.sections[symbol.section].name if symbol.defined else symbol.name
                 self.orphans.append((section.name, where))
+                if symbol.defined and section.name != ORC_IP:
+                    self._loose.append((symbol.section, symbol.value + first.addend, section.name))
                 continue
             entry = Entry(
                 section.index,
@@ -156,6 +160,14 @@ class SpecialSections:
             self.by_owner.setdefault(owner.key, {}).setdefault(section.name, []).append(entry)
 
     # -- satellites ------------------------------------------------------
+
+    def tables_about(self, section: int, start: int, end: int) -> tuple[str, ...]:
+        """Tables that have entries about a stretch of code which belongs to no function symbol.
+
+        ORC does not count: a replacement runs where it is copied to, under its function's ORC data.
+        """
+        names = {name for at, place, name in self._loose if at == section and start <= place < end}
+        return tuple(sorted(names))
 
     def replacement(self, entry: Entry) -> tuple[int, int, int] | None:
         """Section, offset and length of the code that an ``.altinstructions`` entry puts in (None: length 0).

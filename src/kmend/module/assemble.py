@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.core.target import VMLINUX
 from kmend.diff.select import Link, Linker, LinkKind, Selection
-from kmend.diff.special import ORC, ORC_IP, TABLE, Entry
+from kmend.diff.special import ORC, ORC_IP, TABLE, Entry, SpecialSections
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, UnitObject
 from kmend.elf.model import (
@@ -154,6 +154,19 @@ class _Out:
         return out
 
 
+def _altered(special: SpecialSections, key: str) -> list[tuple[int, int]]:
+    """Stretches of a function, from its start, that the kernel overwrites while it loads the module.
+
+    ``struct alt_instr`` ends with ``u8 instrlen, replacementlen``; ``struct paravirt_patch_site`` is
+    ``u8 *instr; u8 type, len``. A relocation that is applied later would spoil what was put there.
+    """
+    alternatives = special.entries(key, ".altinstructions")
+    paravirt = special.entries(key, ".parainstructions")
+    return [(e.owner_offset, e.owner_offset + e.data[-2]) for e in alternatives] + [
+        (e.owner_offset, e.owner_offset + e.data[9]) for e in paravirt
+    ]
+
+
 class _Assembler:
     def __init__(
         self,
@@ -175,8 +188,9 @@ class _Assembler:
         self.satellites: dict[tuple[int, int, int], int] = {}
         self.refusals: list[Refusal] = []
         self.warnings: dict[tuple[str, str], Refusal] = {}
-        #: new global functions and variables of one unit that another unit refers to
-        self.shared: dict[str, tuple[int, str]] = {}
+        #: new global functions and variables of one unit that another unit of the same object refers to;
+        #: each module of the kernel may have a global name of its own
+        self.shared: dict[tuple[str, str], tuple[int, str]] = {}
 
     def run(self) -> Assembled:
         for number, unit in enumerate(self.units):
@@ -266,7 +280,7 @@ class _Assembler:
             )
             self.parts[number, key] = (out, symbol)
             if not part.local and key not in unit.selection.diff.twins.original:
-                self.shared[part.name] = (number, key)
+                self.shared[unit.owner, part.name] = (number, key)
 
     def _fill_part(self, number: int, unit: UnitPatch, key: str) -> None:
         linker = Linker(unit.selection.diff)
@@ -274,9 +288,14 @@ class _Assembler:
         part = new.parts[key]
         out, symbol = self.parts[number, key]
         section = new.section_of(part)
+        altered = _altered(unit.selection.diff.new_special, key)
         for reloc in new.relocs(part):
             link = linker.of_code(part, section, reloc)
             at = symbol.value + reloc.offset - part.start
+            within = any(low <= reloc.offset - part.start < high for low, high in altered)
+            if within and self._is_late(unit, link):
+                self._refuse_late("late-module-alternative", part, link)
+                continue
             self._relocate(number, unit, out, at, reloc, link, part, section)
 
     def _relocate(
@@ -299,12 +318,12 @@ class _Assembler:
             case LinkKind.OUTER:
                 symbol, obj = self._reach(unit.outer[link.name])
             case LinkKind.EXTERN:
-                if link.name in self.shared:
-                    symbol = self.parts[self.shared[link.name]][1]
+                if (unit.owner, link.name) in self.shared:
+                    symbol = self.parts[self.shared[unit.owner, link.name]][1]
                 else:
                     symbol, obj = self._reach(unit.externs[link.name])
             case LinkKind.STRING | LinkKind.CONST:
-                symbol, place = self._literal(link)
+                symbol, place = self._literal(link, new.elf.sections[link.ref.section].entry_size)
                 addend = place - new.tail(section, reloc)
             case LinkKind.EMPTY:
                 # Only its address counts; eight bytes of our own keep it apart from everything else.
@@ -326,15 +345,15 @@ class _Assembler:
             obj = unit.owner
         (out.plain if obj is None else out.klp.setdefault(obj, [])).append(row)
 
-    def _literal(self, link: Link) -> tuple[OutSymbol, int]:
+    def _literal(self, link: Link, width: int) -> tuple[OutSymbol, int]:
         """Where a string or constant of the module lies: section symbol and offset."""
         constant = link.kind is LinkKind.CONST
         out = self._section(".rodata.cst" if constant else ".rodata.str", SHT_PROGBITS, SHF_ALLOC)
         content = link.ref.content
         inside = link.ref.addend % len(content) if constant else 0
-        key = (b"c" if constant else b"s") + content
+        key = (b"c" if constant else b"s%d" % width) + content
         if key not in self.strings:
-            self.strings[key] = out.add(content, len(content) if constant else 1)
+            self.strings[key] = out.add(content, len(content) if constant else width)
         return out.symbol, self.strings[key] + inside
 
     def _satellite(
@@ -348,6 +367,16 @@ class _Assembler:
             return self.satellites[key]
         out = self._section(section.name, SHT_PROGBITS, SHF_ALLOC | SHF_EXECINSTR)
         at = self.satellites[key] = out.add(section.data[start : start + length], 1)
+        tables = unit.selection.diff.new_special.tables_about(index, start, start + length)
+        if tables:
+            self.refusals.append(
+                Refusal(
+                    "special-section",
+                    owner.name,
+                    f"{', '.join(tables)} speak of the code that an alternative puts into it",
+                    "report the function: kmend does not carry such entries over",
+                )
+            )
         linker = Linker(unit.selection.diff)
         for reloc in slice_relocs(section.relocs, start, start + length):
             link = linker.of_satellite(owner, section, reloc)
@@ -364,7 +393,7 @@ class _Assembler:
         resolution: Resolution | None = None
         if link.kind is LinkKind.OUTER:
             resolution = unit.outer[link.name]
-        elif link.kind is LinkKind.EXTERN and link.name not in self.shared:
+        elif link.kind is LinkKind.EXTERN and (unit.owner, link.name) not in self.shared:
             resolution = unit.externs[link.name]
         return isinstance(resolution, Livepatched) and resolution.obj != VMLINUX
 
@@ -405,9 +434,11 @@ class _Assembler:
             if name == ".altinstructions" and place == 1:
                 spot = unit.selection.diff.new_special.replacement(entry)
                 offset = 0
+                body = self._section(".altinstr_replacement", SHT_PROGBITS, SHF_ALLOC | SHF_EXECINSTR)
                 if spot is not None:
                     offset = self._satellite(number, unit, owner, *spot)
-                body = self._section(".altinstr_replacement", SHT_PROGBITS, SHF_ALLOC | SHF_EXECINSTR)
+                elif not body.size:
+                    body.add(b"\x90", 1)  # nothing to put in, but the section has to exist
                 out.plain.append(OutReloc(at + reloc.offset, reloc.type, body.symbol, offset))
                 continue
             self._relocate(number, unit, out, at + reloc.offset, reloc, link, owner, source)
@@ -443,7 +474,7 @@ class _Assembler:
     def _text(self, text: str) -> int:
         out = self._section(".rodata.str", SHT_PROGBITS, SHF_ALLOC)
         content = text.encode() + b"\0"
-        key = b"s" + content
+        key = b"s1" + content
         if key not in self.strings:
             self.strings[key] = out.add(content, 1)
         return self.strings[key]

@@ -26,7 +26,14 @@ from kmend.elf.model import (
 from kmend.elf.x86_64 import ROWS
 from kmend.module.describe import KLP_RELA, KLP_SYMBOL, Description, describe
 from kmend.module.layout import Layout
-from kmend.verify.symbols import ExportTable, KernelSymbols, module_places
+from kmend.verify.symbols import (
+    ExportTable,
+    KernelSymbols,
+    in_vmlinux_init,
+    module_init,
+    module_places,
+    module_position,
+)
 
 #: Tables that the kernel works through while it loads the module, before any other module is known.
 EARLY = (
@@ -238,13 +245,21 @@ class _Checker:
             return None, f"the kernel has no module {obj}"
         if not places:
             return None, f"{obj} has no symbol of this name"
-        if sympos == 0:
-            if len(places) > 1:
-                return None, f"{obj} has {len(places)} symbols of this name and sympos is 0"
-            return places[0], ""
+        if sympos == 0 and len(places) > 1:
+            return None, f"{obj} has {len(places)} symbols of this name and sympos is 0"
         if sympos > len(places):
             return None, f"{obj} has only {len(places)} symbols of this name, sympos is {sympos}"
-        return places[sympos - 1], ""
+        place = places[max(sympos, 1) - 1]
+        if obj == VMLINUX:
+            if in_vmlinux_init(self.facts.symbols, place):
+                return None, "it stands in init memory, which is gone"
+            return place, ""
+        module = self.facts.module(obj)
+        if module is not None and (
+            module_init(module, place) or module_position(module, name, place) != sympos
+        ):
+            return None, f"its position is another one once {obj} has given its init memory back"
+        return place, ""
 
     def _klp_symbols(self) -> Iterator[Refusal]:
         for symbol in self.elf.symbols:

@@ -9,7 +9,7 @@ add_kallsyms keeps it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,6 +71,10 @@ class World:
     module: Callable[[str], UnitObject]
     dependencies: Callable[[str], tuple[str, ...]]
 
+    def in_init(self, address: int) -> bool:
+        """Whether an address of vmlinux lies in memory that is given back after the start."""
+        return in_vmlinux_init(self.symbols, address)
+
 
 @dataclass(slots=True)
 class Proof:
@@ -99,14 +103,25 @@ class Prover:
         #: key of an original part -> its one place in the target
         self.known: dict[str, int] = {}
         self._tried: dict[str, Mismatch | None] = {}
+        self.promoted: dict[str, Callable[[], Resolution | None]] = {}
 
-    def prove(self, selection: Selection, shared: frozenset[str] = frozenset()) -> Proof:
+    def prove(
+        self,
+        selection: Selection,
+        shared: frozenset[str] = frozenset(),
+        promoted: Mapping[str, Callable[[], Resolution | None]] | None = None,
+    ) -> Proof:
         """Compare what is replaced, and find everything that the module reaches.
 
-        ``shared`` are new global symbols that another unit of the patch brings along.
+        ``shared`` are new global symbols that another unit of the patch brings along for the same object.
+        ``promoted`` are functions and variables of the object's other units that the patch makes global:
+        each with how to reach what the running kernel has as a static one.
         """
+        self.promoted = dict(promoted or {})
         for row in selection.changed:
             part = self.old.parts[row.original]
+            if is_init(self.old.section_of(part)):
+                continue  # refused when it was selected
             self.proof.functions += 1
             mismatch = self.function(part)
             if mismatch is None:
@@ -117,6 +132,7 @@ class Prover:
         for name in selection.externs:
             if name not in shared:
                 self._extern(name)
+        self._defined_elsewhere(selection)
         return self.proof
 
     # -- functions ---------------------------------------------------------------
@@ -216,9 +232,11 @@ class Prover:
     # -- names ---------------------------------------------------------------------
 
     def sympos(self, part: Part, place: int) -> int:
-        """0 when the name is unique in the object, else the position of ``place`` from 1."""
-        places = self._all_places(part.name)
-        return 0 if len(places) == 1 else places.index(place) + 1
+        """0 when the name is unique in the object, else the position of ``place`` from 1.
+
+        Where none holds both while the object is loaded and afterwards, a refusal is recorded.
+        """
+        return self._position(part.name, place) or 0
 
     def _all_places(self, name: str) -> list[int]:
         """Every symbol of the name that the kernel would count, in its order."""
@@ -248,8 +266,64 @@ class Prover:
             "check that the patch belongs to this kernel version",
         )
 
+    def _defined_elsewhere(self, selection: Selection) -> None:
+        """A new global function or variable whose name another unit of the object has already.
+
+        A strong definition takes the place of a weak one, or the patch moves it between files: in both cases
+        the code outside of this unit would go on with what the running kernel has.
+        """
+        diff = selection.diff
+        for key in (*diff.new_functions, *diff.new_data):
+            part = diff.new.parts[key]
+            if part.local or part.name in self.old.parts or part.name in self.old.aliases:
+                continue
+            if self._globals(part.name):
+                self._refuse(
+                    "defined-elsewhere",
+                    part.name,
+                    f"the patch defines it in this unit, but {self.owner} has it from another one already: "
+                    "unpatched code would go on using that",
+                    "change the function where it is defined now",
+                )
+
+    def _globals(self, name: str) -> list[int]:
+        """The places of global (or weak) symbols of that name in the object."""
+        if isinstance(self.binary, ModuleBinary):
+            return module_places(self.binary.module, name, only_global=True)
+        return [s.address for s in self.world.symbols.named(name) if is_global(s)]
+
+    def _position(self, name: str, place: int, module: UnitObject | None = None) -> int | None:
+        """``sympos`` of a symbol, by address in vmlinux and by index in a module; None: refused, and why."""
+        if module is None and not isinstance(self.binary, ModuleBinary):
+            if self.world.in_init(place):
+                self._gone(name)
+                return None
+            places = [s.address for s in self.world.symbols.named(name)]
+            return 0 if len(places) == 1 else places.index(place) + 1
+        if module is None:
+            assert isinstance(self.binary, ModuleBinary)
+            module = self.binary.module
+        if module_init(module, place):
+            self._gone(name)
+            return None
+        position = module_position(module, name, place)
+        if position is None:
+            self._ambiguous(name, len(module_places(module, name)))
+        return position
+
+    def _gone(self, name: str) -> None:
+        self._refuse(
+            "init-reference",
+            name,
+            "patched code needs it, but it stands in init memory, which is gone once the kernel or the "
+            "module is up",
+            "leave the change to the next reboot",
+        )
+
     def _outer(self, part: Part) -> None:
         """A function or variable of the original object that stays where it is."""
+        if part.key in self.proof.outer:
+            return
         export = self.world.exports.get(part.name) if not part.local else None
         if export is not None and export.owner == VMLINUX == self.owner:
             self.proof.outer[part.key] = Exported(export.name, export.crc, export.namespace)
@@ -258,31 +332,44 @@ class Prover:
         if not places:
             self._missing(part.name)
             return
-        place: int | None = places[0]
-        if len(places) > 1:
-            place = self.known.get(part.key)
-            if place is None and part.kind is PartKind.FUNCTION and self.function(part) is None:
-                place = self.known.get(part.key)
-            if place is None:
-                place = self._witness(part)
-            if place is None or place not in places:
-                self._ambiguous(part.name, len(places))
-                return
-        elif part.key in self.known and self.known[part.key] != place:
+        found = self.known.get(part.key)
+        if (
+            found is None
+            and len(places) > 1
+            and part.kind is PartKind.FUNCTION
+            and self.function(part) is None
+        ):
+            found = self.known.get(part.key)
+        if found is None:
+            found = self._witness(part)
+        # A name that is there once may still be another unit's: what refers to it must agree.
+        place = places[0] if found is None and len(places) == 1 else found
+        if place is None or place not in places:
             self._ambiguous(part.name, len(places))
             return
-        position = 0 if len(places) == 1 else places.index(place if place is not None else 0) + 1
-        self.proof.outer[part.key] = Livepatched(self.owner, part.name, position)
+        position = self._position(part.name, place)
+        if position is not None:
+            self.proof.outer[part.key] = Livepatched(self.owner, part.name, position)
+
+    def reach(self, part: Part) -> Resolution | None:
+        """How another unit of the object gets at a part of the original that stays where it is."""
+        self._outer(part)
+        return self.proof.outer.get(part.key)
 
     def _extern(self, name: str) -> None:
         """A symbol of another unit."""
         if isinstance(self.binary, ModuleBinary):
-            own = module_places(self.binary.module, name, only_global=True)
+            own = self._globals(name)
             if own:
-                everyone = module_places(self.binary.module, name)
-                position = 0 if len(everyone) == 1 else everyone.index(own[0]) + 1
-                self.proof.externs[name] = Livepatched(self.owner, name, position)
+                position = self._position(name, own[0])
+                if position is not None:
+                    self.proof.externs[name] = Livepatched(self.owner, name, position)
                 return
+        if name in self.promoted:
+            found = self.promoted[name]()
+            if found is not None:
+                self.proof.externs[name] = found
+            return
         export = self.world.exports.get(name)
         if export is not None and export.owner == VMLINUX:
             self.proof.externs[name] = Exported(name, export.crc, export.namespace)
@@ -301,32 +388,64 @@ class Prover:
                 f"load {provider} by other means and leave the change to the next reboot",
             )
             return
-        places = module_places(self.world.module(provider), name)
-        exported = module_places(self.world.module(provider), name, only_global=True)
+        module = self.world.module(provider)
+        exported = module_places(module, name, only_global=True)
         if len(exported) != 1:
             self._missing(name)
             return
-        position = 0 if len(places) == 1 else places.index(exported[0]) + 1
-        self.proof.externs[name] = Livepatched(provider, name, position)
+        position = self._position(name, exported[0], module)
+        if position is not None:
+            self.proof.externs[name] = Livepatched(provider, name, position)
 
     def _from_vmlinux(self, name: str) -> None:
         rows = self.world.symbols.named(name)
-        chosen = [i for i, s in enumerate(rows) if s.type.isupper() or s.type in "vw"]
-        if not rows:
+        chosen = [i for i, s in enumerate(rows) if is_global(s)]
+        if not chosen:
+            # A static one of another unit, even if it is the only one, is not what ``extern`` means.
             self._missing(name)
-        elif len(rows) == 1:
-            self.proof.externs[name] = Livepatched(VMLINUX, name, 0)
-        elif len(chosen) == 1:
-            self.proof.externs[name] = Livepatched(VMLINUX, name, chosen[0] + 1)
-        else:
+        elif len(chosen) > 1:
             self._ambiguous(name, len(rows))
+        elif self.world.in_init(rows[chosen[0]].address):
+            self._gone(name)
+        else:
+            position = 0 if len(rows) == 1 else chosen[0] + 1
+            self.proof.externs[name] = Livepatched(VMLINUX, name, position)
+
+
+def is_global(symbol: TypedSymbol) -> bool:
+    """Whether a row of kallsyms is a global or a weak symbol (``nm``'s letters)."""
+    return symbol.type.isupper() or symbol.type in "vw"
+
+
+def in_vmlinux_init(symbols: KernelSymbols, address: int) -> bool:
+    """Whether the address lies in the memory that free_initmem() gives back (arch/x86/mm/init.c)."""
+    begin, end = symbols.named("__init_begin"), symbols.named("__init_end")
+    return len(begin) == len(end) == 1 and begin[0].address <= address < end[0].address
+
+
+def module_init(module: UnitObject, index: int) -> bool:
+    """Whether a module's symbol goes with its init memory (module_init_layout_section in module/main.c)."""
+    return module.elf.sections[module.elf.symbols[index].section].name.startswith(".init")
+
+
+def module_position(module: UnitObject, name: str, index: int) -> int | None:
+    """``sympos`` of a module's symbol, which must hold at both times at which the kernel may look for it.
+
+    While the module is being loaded its whole symbol table counts; once it is up, only what is outside of
+    init (kernel/module/kallsyms.c, add_kallsyms). None: the two positions differ.
+    """
+    everyone = module_places(module, name)
+    if len(everyone) == 1:
+        return 0
+    lasting = [place for place in everyone if not module_init(module, place)]
+    position = everyone.index(index) + 1
+    return position if index in lasting and lasting.index(index) + 1 == position else None
 
 
 def module_places(module: UnitObject, name: str, *, only_global: bool = False) -> list[int]:
-    """Indices of a module's symbols of that name which its kallsyms keep, in order.
+    """Indices of a module's symbols of that name, in order, that count while the module is being loaded.
 
-    kernel/module/kallsyms.c, is_core_symbol: defined in a loaded section outside of init. While the module
-    is being loaded its init symbols count as well.
+    Later only those outside of init do, see :func:`module_position`.
     """
     out = []
     for symbol in module.elf.symbols:
