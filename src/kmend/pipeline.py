@@ -593,7 +593,8 @@ class _Build:
         applied: Applied,
     ) -> tuple[bytes, tuple[ObjectRow, ...]]:
         from kmend.elf.model import SHN_UNDEF
-        from kmend.module.assemble import ModuleSpec, UnitPatch, assemble
+        from kmend.module.assemble import UnitPatch, assemble
+        from kmend.module.output import ModuleSpec
         from kmend.verify.symbols import crcs_of
 
         rows = self._rows(works, proofs, applied)

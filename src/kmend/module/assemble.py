@@ -16,7 +16,7 @@ while loading must therefore not depend on a module's symbols.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.core.target import VMLINUX
@@ -27,31 +27,21 @@ from kmend.diff.unit import Part, PartKind, UnitObject
 from kmend.elf.model import (
     SHF_ALLOC,
     SHF_EXECINSTR,
-    SHF_RELA_LIVEPATCH,
     SHF_WRITE,
-    SHN_LIVEPATCH,
-    SHN_UNDEF,
     SHT_NOBITS,
-    SHT_NOTE,
     SHT_PROGBITS,
-    STB_GLOBAL,
     STB_LOCAL,
     STT_FUNC,
     STT_OBJECT,
-    STT_SECTION,
     ElfFile,
     Reloc,
     Section,
 )
 from kmend.elf.reader import slice_relocs
-from kmend.elf.writer import OutReloc, OutSection, OutSymbol, write
-from kmend.elf.x86_64 import R_64
-from kmend.module.layout import SECTION as LAYOUT_SECTION
-from kmend.module.layout import Layout, modinfo
-from kmend.module.resolve import Exported, Livepatched, Resolution
-
-#: Processed while the module is loaded: must not wait for a module that may come later.
-_EARLY = frozenset({"__jump_table", ".static_call_sites", ".altinstructions", ".parainstructions"})
+from kmend.elf.writer import OutReloc, OutSymbol
+from kmend.module.layout import Layout
+from kmend.module.output import EARLY, Assembled, FuncEntry, ModuleSpec, ObjectEntry, Out, Output
+from kmend.module.resolve import Livepatched, Resolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +58,6 @@ class UnitPatch:
     outer: Mapping[str, Resolution]
     externs: Mapping[str, Resolution]
     sympos: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleSpec:
-    """What the module is called and says of itself."""
-
-    name: str
-    replace: bool
-    info: tuple[tuple[str, str], ...] = ()
-    note: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Assembled:
-    """The module's bytes, and what had to be given up on the way (warnings)."""
-
-    data: bytes
-    warnings: tuple[Refusal, ...]
 
 
 def assemble(
@@ -108,52 +80,6 @@ def assemble(
     return _Assembler(spec, units, glue, layout, crcs).run()
 
 
-@dataclass(slots=True)
-class _Out:
-    """An output section while it grows."""
-
-    name: str
-    type: int
-    flags: int
-    align: int
-    entry_size: int
-    data: bytearray = field(default_factory=bytearray)
-    size: int = 0
-    plain: list[OutReloc] = field(default_factory=list)
-    klp: dict[str, list[OutReloc]] = field(default_factory=dict)
-    section: OutSection = field(init=False)
-    symbol: OutSymbol = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.section = OutSection(self.name, self.type, self.flags, self.align)
-        self.symbol = OutSymbol(self.name, self.section, type=STT_SECTION)
-
-    def add(self, data: bytes, align: int) -> int:
-        """Append, aligned; returns the offset."""
-        align = max(align, 1)
-        self.align = max(self.align, align)
-        at = -(-self.size // align) * align
-        if self.type != SHT_NOBITS:
-            fill = b"\x90" if self.flags & SHF_EXECINSTR else b"\0"
-            self.data += fill * (at - self.size) + data
-        self.size = at + len(data)
-        return at
-
-    def finish(self) -> OutSection:
-        out = self.section
-        out.align, out.size, out.entry_size, out.data = (
-            self.align,
-            self.size,
-            self.entry_size,
-            bytes(self.data),
-        )
-        if self.plain:
-            out.relas.append((f".rela{self.name}", 0, self.plain))
-        for obj, rows in self.klp.items():
-            out.relas.append((f".klp.rela.{obj}.{self.name}", SHF_RELA_LIVEPATCH | SHF_ALLOC, rows))
-        return out
-
-
 def _altered(special: SpecialSections, key: str) -> list[tuple[int, int]]:
     """Stretches of a function, from its start, that the kernel overwrites while it loads the module.
 
@@ -167,7 +93,7 @@ def _altered(special: SpecialSections, key: str) -> list[tuple[int, int]]:
     ]
 
 
-class _Assembler:
+class _Assembler(Output):
     def __init__(
         self,
         spec: ModuleSpec,
@@ -176,15 +102,9 @@ class _Assembler:
         layout: Layout,
         crcs: Mapping[str, int],
     ) -> None:
-        self.spec, self.units, self.glue, self.layout = spec, units, glue, layout
-        self.crcs: dict[str, int] = dict(crcs)
-        self.out: dict[str, _Out] = {}
-        self.symbols: list[OutSymbol] = []
-        self.undefined: dict[str, OutSymbol] = {}
-        self.livepatched: dict[Livepatched, OutSymbol] = {}
-        self.namespaces: set[str] = set()
-        self.parts: dict[tuple[int, str], tuple[_Out, OutSymbol]] = {}
-        self.strings: dict[bytes, int] = {}
+        super().__init__(spec, glue, layout, crcs)
+        self.units = units
+        self.parts: dict[tuple[int, str], tuple[Out, OutSymbol]] = {}
         self.satellites: dict[tuple[int, int, int], int] = {}
         self.refusals: list[Refusal] = []
         self.warnings: dict[tuple[str, str], Refusal] = {}
@@ -201,52 +121,13 @@ class _Assembler:
             self._fill_special(number, unit)
         if self.refusals:
             raise Refused(self.refusals)
-        patch = self._descriptors()
-        self._glue(patch)
+        objects = self._objects()
+        glue = self._place_glue()
+        self._descriptors(objects)
+        self._join(glue, self._from_glue)
         self._information()
         self._versions()
-        sections = [out.finish() for out in self.out.values() if out.size]
-        data = write(sections, [o.symbol for o in self.out.values() if o.size] + self.symbols)
-        return Assembled(data, tuple(self.warnings.values()))
-
-    # -- sections and symbols ------------------------------------------------
-
-    def _section(self, name: str, kind: int, flags: int, align: int = 1, entry_size: int = 0) -> _Out:
-        out = self.out.get(name)
-        if out is None:
-            out = self.out[name] = _Out(name, kind, flags, align, entry_size)
-        elif out.flags != flags:
-            out.flags |= flags
-            out.section.flags |= flags
-        if kind != SHT_NOBITS and out.type == SHT_NOBITS:
-            raise Failed(f"section {name} would be both empty and filled", rule="internal")
-        return out
-
-    def _symbol(self, name: str, section: OutSection | int, **more: int) -> OutSymbol:
-        symbol = OutSymbol(name, section, **more)
-        self.symbols.append(symbol)
-        return symbol
-
-    def _reach(self, resolution: Resolution) -> tuple[OutSymbol, str | None]:
-        """The output symbol of something outside, and the object of its livepatch relocation."""
-        match resolution:
-            case Exported(name, crc, namespace):
-                self.crcs[name] = crc
-                if namespace:
-                    self.namespaces.add(namespace)
-                return self._undefined(name), None
-            case Livepatched():
-                symbol = self.livepatched.get(resolution)
-                if symbol is None:
-                    symbol = self._symbol(resolution.symbol, SHN_LIVEPATCH, bind=STB_GLOBAL)
-                    self.livepatched[resolution] = symbol
-                return symbol, resolution.obj
-
-    def _undefined(self, name: str) -> OutSymbol:
-        symbol = self.undefined.get(name)
-        if symbol is None:
-            symbol = self.undefined[name] = self._symbol(name, SHN_UNDEF, bind=STB_GLOBAL)
-        return symbol
+        return Assembled(self._bytes(), tuple(self.warnings.values()))
 
     # -- functions and variables -----------------------------------------------
 
@@ -302,7 +183,7 @@ class _Assembler:
         self,
         number: int,
         unit: UnitPatch,
-        out: _Out,
+        out: Out,
         at: int,
         reloc: Reloc,
         link: Link,
@@ -421,7 +302,7 @@ class _Assembler:
         owner = new.parts[entry.owner]
         source = new.elf.sections[entry.section]
         links = [(reloc, linker.of_entry(entry, reloc)) for reloc in entry.relocs]
-        if name in _EARLY and self._late_entry(unit, owner, name, links):
+        if name in EARLY and self._late_entry(unit, owner, name, links):
             return
         out = self._section(name, SHT_PROGBITS, source.flags & (SHF_ALLOC | SHF_WRITE), source.align)
         at = out.add(entry.data, 1)
@@ -471,149 +352,13 @@ class _Assembler:
 
     # -- descriptors ------------------------------------------------------------------
 
-    def _text(self, text: str) -> int:
-        out = self._section(".rodata.str", SHT_PROGBITS, SHF_ALLOC)
-        content = text.encode() + b"\0"
-        key = b"s1" + content
-        if key not in self.strings:
-            self.strings[key] = out.add(content, 1)
-        return self.strings[key]
-
-    def _descriptors(self) -> OutSymbol:
-        """``struct klp_patch`` with its objects and functions; ends of arrays are zero entries.
-
-        include/linux/livepatch.h; klp_for_each_object_static() stops where funcs and name are NULL,
-        klp_for_each_func_static() where old_name, new_func and old_sympos are.
-        """
-        lay = self.layout
-        texts = self._section(".rodata.str", SHT_PROGBITS, SHF_ALLOC).symbol
-        data = self._section(".data", SHT_PROGBITS, SHF_ALLOC | SHF_WRITE)
-        objects: dict[str, list[tuple[str, int, OutSymbol]]] = {}
+    def _objects(self) -> dict[str, ObjectEntry]:
+        """The rows of every object that the patch changes."""
+        objects: dict[str, ObjectEntry] = {}
         for number, unit in enumerate(self.units):
             for row in unit.selection.changed:
                 part = unit.selection.diff.old.parts[row.original]
                 replacement = self.parts[number, row.key][1]
-                objects.setdefault(unit.owner, []).append((part.name, unit.sympos[row.original], replacement))
-        names = sorted(objects, key=lambda n: (n != VMLINUX, n))
-        base = data.add(bytes(lay.object_size * (len(names) + 1)), 8)
-        for index, name in enumerate(names):
-            row_at = base + index * lay.object_size
-            if name != VMLINUX:
-                data.plain.append(OutReloc(row_at + lay.object_name, R_64, texts, self._text(name)))
-            functions = objects[name]
-            table = bytearray(lay.func_size * (len(functions) + 1))
-            for k, (_, sympos, _) in enumerate(functions):
-                at = k * lay.func_size + lay.func_old_sympos
-                table[at : at + 8] = sympos.to_bytes(8, "little")
-            start = data.add(bytes(table), 8)
-            data.plain.append(OutReloc(row_at + lay.object_funcs, R_64, data.symbol, start))
-            for k, (old_name, _, replacement) in enumerate(functions):
-                at = start + k * lay.func_size
-                data.plain.append(OutReloc(at + lay.func_old_name, R_64, texts, self._text(old_name)))
-                data.plain.append(OutReloc(at + lay.func_new_func, R_64, replacement, 0))
-        patch = bytearray(lay.patch_size)
-        patch[lay.patch_replace] = self.spec.replace
-        at = data.add(bytes(patch), 8)
-        data.plain.append(OutReloc(at + lay.patch_objs, R_64, data.symbol, base))
-        self.patch_at = at
-        return self._symbol("kmend_patch", data.section, value=at, size=lay.patch_size, type=STT_OBJECT)
-
-    # -- the common part -----------------------------------------------------------------
-
-    def _glue(self, patch: OutSymbol) -> None:
-        """Append every loaded section of the glue, and its symbols."""
-        where: dict[int, tuple[_Out, int]] = {}
-        for section in self.glue.sections:
-            if not section.alloc or not section.size or section.name.startswith((".discard", ".note")):
-                continue
-            if section.name in (".modinfo", "__versions", LAYOUT_SECTION) or section.type not in (
-                SHT_PROGBITS,
-                SHT_NOBITS,
-            ):
-                continue
-            flags = section.flags & (SHF_ALLOC | SHF_WRITE | SHF_EXECINSTR)
-            out = self._section(section.name, section.type, flags, section.align)
-            data = section.data if section.type == SHT_PROGBITS else bytes(section.size)
-            if section.name == ".gnu.linkonce.this_module":
-                data = self._named(data)
-            # A table goes on without a gap: its entries are no multiple of its alignment.
-            table = section.name in TABLE or section.name == ORC
-            where[section.index] = (out, out.add(data, 1 if table else section.align))
-        symbols: dict[int, OutSymbol] = {0: OutSymbol("", SHN_UNDEF)}
-        for symbol in self.glue.symbols[1:]:
-            if symbol.section == SHN_UNDEF and symbol.name:
-                symbols[symbol.index] = (
-                    patch if symbol.name == "kmend_patch" else self._undefined(symbol.name)
-                )
-            elif symbol.section in where and symbol.type != STT_SECTION:
-                out, at = where[symbol.section]
-                symbols[symbol.index] = self._symbol(
-                    symbol.name,
-                    out.section,
-                    value=at + symbol.value,
-                    size=symbol.size,
-                    type=symbol.type,
-                    bind=symbol.bind,
-                )
-        for index, (out, at) in where.items():
-            for reloc in self.glue.sections[index].relocs:
-                symbol = self.glue.symbols[reloc.symbol]
-                if symbol.type == STT_SECTION:
-                    if symbol.section not in where:
-                        raise Failed(f"the glue refers to {symbol.name}", rule="internal")
-                    target, base = where[symbol.section]
-                    row = OutReloc(at + reloc.offset, reloc.type, target.symbol, base + reloc.addend)
-                else:
-                    row = OutReloc(at + reloc.offset, reloc.type, symbols[symbol.index], reloc.addend)
-                out.plain.append(row)
-        module = next((s for s in self.symbols if s.name == "__this_module"), None)
-        if module is None:
-            raise Failed("the glue has no __this_module", rule="internal")
-        descriptors = self.out[".data"]
-        descriptors.plain.append(OutReloc(self.patch_at + self.layout.patch_mod, R_64, module, 0))
-
-    def _named(self, data: bytes) -> bytes:
-        """``struct module`` with our name in it."""
-        lay = self.layout
-        name = self.spec.name.encode()
-        if len(name) >= lay.module_name_len:
-            raise Failed(f"the module name {self.spec.name} is too long", rule="module-name")
-        out = bytearray(data)
-        out[lay.module_name : lay.module_name + lay.module_name_len] = name.ljust(lay.module_name_len, b"\0")
-        return bytes(out)
-
-    def _information(self) -> None:
-        rows = [("name", self.spec.name), ("livepatch", "Y"), ("license", "GPL"), ("depends", "")]
-        rows += [(key, value) for key, value in modinfo(self.glue) if key in ("vermagic", "retpoline")]
-        rows += [("import_ns", namespace) for namespace in sorted(self.namespaces)]
-        rows += list(self.spec.info)
-        info = self._section(".modinfo", SHT_PROGBITS, SHF_ALLOC)
-        for key, value in rows:
-            info.add(f"{key}={value}".encode() + b"\0", 1)
-        if self.spec.note:
-            # struct elf_note: three words, then name and descriptor, each padded to 4 bytes.
-            name = b"kmend\0"
-            body = self.spec.note
-            head = b"".join(n.to_bytes(4, "little") for n in (len(name), len(body), 1))
-            data = head + name + bytes(-len(name) % 4) + body + bytes(-len(body) % 4)
-            self._section(".note.kmend", SHT_NOTE, SHF_ALLOC, 4).add(data, 4)
-
-    def _versions(self) -> None:
-        """``__versions``: the CRC of every exported symbol used (kernel/module/version.c)."""
-        missing = sorted(name for name in self.undefined if name not in self.crcs)
-        if missing:
-            raise Failed(
-                f"no CRC for {', '.join(missing)}",
-                why="the target's Module.symvers lacks it",
-                rule="internal",
-            )
-        out = self._section("__versions", SHT_PROGBITS, SHF_ALLOC, 32)
-        lay = self.layout
-        for name in sorted({"module_layout", *self.undefined}):
-            row = bytearray(lay.version_size)
-            row[0:8] = self.crcs[name].to_bytes(8, "little")
-            text = name.encode()
-            if len(text) >= lay.version_size - lay.version_name:
-                raise Failed(f"the symbol name {name} is too long for __versions", rule="internal")
-            row[lay.version_name : lay.version_name + len(text)] = text
-            out.add(bytes(row), 1)
+                entry = objects.setdefault(unit.owner, ObjectEntry())
+                entry.funcs.append(FuncEntry(part.name, unit.sympos[row.original], replacement))
+        return objects

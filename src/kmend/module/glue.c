@@ -21,6 +21,7 @@
 #include <asm/extable.h>
 #include <asm/orc_types.h>
 
+#ifndef KMEND_OWN_INIT
 extern struct klp_patch kmend_patch;
 
 static int __init kmend_init(void)
@@ -34,6 +35,7 @@ static void __exit kmend_exit(void)
 
 module_init(kmend_init);
 module_exit(kmend_exit);
+#endif
 MODULE_INFO(vermagic, VERMAGIC_STRING);
 #ifdef CONFIG_RETPOLINE
 MODULE_INFO(retpoline, "Y");
@@ -73,4 +75,13 @@ static const u32 kmend_layout[] __used __section(".kmend.layout") = {
 	sizeof(struct jump_entry),
 	sizeof(struct static_call_site),
 	sizeof(struct orc_entry),
+	offsetof(struct klp_object, callbacks),
+	offsetof(struct klp_callbacks, pre_patch),
+	offsetof(struct klp_callbacks, post_patch),
+	offsetof(struct klp_callbacks, pre_unpatch),
+	offsetof(struct klp_callbacks, post_unpatch),
+	offsetof(struct klp_patch, states),
+	sizeof(struct klp_state),
+	offsetof(struct klp_state, id),
+	offsetof(struct klp_state, version),
 };

@@ -7,14 +7,19 @@ from dataclasses import dataclass, fields
 from importlib import resources
 
 from kmend.core.errors import Failed
+from kmend.diff.declared import CallbackKind
 from kmend.elf.model import ElfFile
 
 SECTION = ".kmend.layout"
 
 
-def glue_source() -> str:
-    """The C text that, compiled for a target, gives the common part of its modules and their layout."""
-    return resources.files("kmend.module").joinpath("glue.c").read_text()
+def glue_source(*, own_init: bool = False) -> str:
+    """The C text that, compiled for a target, gives the common part of its modules and their layout.
+
+    ``own_init``: for a module that brings ``module_init`` and its descriptors itself.
+    """
+    text = resources.files("kmend.module").joinpath("glue.c").read_text()
+    return f"#define KMEND_OWN_INIT\n{text}" if own_init else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,27 @@ class Layout:
     jump_table: int
     static_call_site: int
     orc_entry: int
+    callbacks: int
+    pre_patch: int
+    post_patch: int
+    pre_unpatch: int
+    post_unpatch: int
+    patch_states: int
+    state_size: int
+    state_id: int
+    state_version: int
+
+    def callback(self, kind: CallbackKind) -> int:
+        """The offset of a callback's pointer inside ``struct klp_object``."""
+        match kind:
+            case CallbackKind.PRE_PATCH:
+                return self.callbacks + self.pre_patch
+            case CallbackKind.POST_PATCH:
+                return self.callbacks + self.post_patch
+            case CallbackKind.PRE_UNPATCH:
+                return self.callbacks + self.pre_unpatch
+            case CallbackKind.POST_UNPATCH:
+                return self.callbacks + self.post_unpatch
 
     def special_sizes(self) -> dict[str, int]:
         """Entry sizes of the special sections that the target decides."""
