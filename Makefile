@@ -8,7 +8,7 @@ TEST_JOBS ?= $(shell nproc)
 CODE := $(wildcard src tests bench)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: setup demo test lint lab bench
+.PHONY: setup demo test lint lab bench sweep
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -33,3 +33,6 @@ lab: $(READY)
 
 bench: $(READY)
 	@for file in bench/bench_*.py; do $(BIN)/python "$$file" || exit 1; done
+
+sweep: $(READY)
+	@$(BIN)/python bench/sweep.py

@@ -15,6 +15,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from kmend.core.errors import Failed
@@ -73,20 +74,21 @@ class HeaderMap:
         self._tree = tree
         self._rows = [line.split("\t") for line in text.splitlines()]
         self._exists: dict[str, bool] = {}
+        #: last part of an included name -> (including file, the name as written)
+        self._by_name: dict[str, list[tuple[str, str]]] = {}
+        for file, *names in self._rows:
+            for name in names:
+                self._by_name.setdefault(posixpath.basename(name.lstrip('"')), []).append((file, name))
 
     def includers(self, changed: Iterable[str]) -> frozenset[str]:
         """Every file of the index from which one of the ``changed`` files can be reached, itself included."""
         reached = set(changed)
         if reached & set(FORCED):
             return frozenset(row[0] for row in self._rows) | reached
-        by_name: dict[str, list[tuple[str, str]]] = {}
-        for file, *names in self._rows:
-            for name in names:
-                by_name.setdefault(posixpath.basename(name.lstrip('"')), []).append((file, name))
         waiting = list(reached)
         while waiting:
             header = waiting.pop()
-            for file, name in by_name.get(posixpath.basename(header), ()):
+            for file, name in self._by_name.get(posixpath.basename(header), ()):
                 if file not in reached and self._may_mean(file, name, header):
                     reached.add(file)
                     waiting.append(file)
@@ -114,6 +116,11 @@ class HeaderMap:
         return known
 
 
+@lru_cache(maxsize=2)
+def _read(path: Path, tree: Path, _mtime: int) -> HeaderMap:
+    return HeaderMap(tree, path.read_text(errors="surrogateescape"))
+
+
 def load(target: Target, progress: Progress) -> HeaderMap:
     """The target's include graph; the index is made on first use.
 
@@ -123,7 +130,7 @@ def load(target: Target, progress: Progress) -> HeaderMap:
     path = target.folder / FILE
     if not path.exists():
         build_index(target, progress)
-    return HeaderMap(target.source, path.read_text(errors="surrogateescape"))
+    return _read(path, target.source, path.stat().st_mtime_ns)
 
 
 def units_reached(target: Target, headers: Iterable[str], progress: Progress) -> tuple[Unit, ...]:
