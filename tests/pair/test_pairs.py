@@ -252,6 +252,19 @@ def test_pc_relative_operands_with_immediates_are_resolved(tmp_path: Path) -> No
     assert names == {"b"}
 
 
+RING = """
+asm(".pushsection .data.ring,\\"aw\\"\\n.quad .data.ring + 8\\n.quad .data.ring, {value}\\n.popsection");
+int f(void) {{ int r; asm volatile("movl .data.ring(%%rip), %0" : "=r" (r)); return r + outside(r); }}
+"""
+
+
+@pytest.mark.parametrize(("value", "same"), [(7, True), (8, False)])
+def test_nameless_data_that_refers_to_itself(pair: Pair, value: int, *, same: bool) -> None:
+    """A list head without a symbol: the comparison comes to an end, and still sees what lies beside it."""
+    diff, _ = pair(RING.format(value=7), RING.format(value=value))
+    assert diff.nothing is same
+
+
 def test_two_unlike_objects_are_compared_without_complaint(tmp_path: Path) -> None:
     diff = compare(compiled(tmp_path, "one", BASE), compiled(tmp_path, "two", STATICS))
     assert set(diff.removed) == {"helper", "first", "second"}

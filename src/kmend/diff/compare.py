@@ -8,7 +8,7 @@ of alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry, SpecialSections
@@ -88,6 +88,9 @@ class _Comparer:
         self.old_special = SpecialSections(old, sizes)
         self.new_special = SpecialSections(new, sizes)
         self.twins = match(old, new)
+        #: What is being compared right now: data without a name of its own may refer to itself, directly
+        #: or through others. Such a pair is the same unless a difference is found somewhere on the round.
+        self._open: set[tuple[str | int, str | int]] = set()
 
     def run(self) -> ObjectDiff:
         changed: dict[str, Difference] = {}
@@ -236,7 +239,9 @@ class _Comparer:
                 x, y = self.old.parts[a.name], self.new.parts[b.name]
                 if without_identity(self.old, x) and without_identity(self.new, y):
                     # The code may stay the same to the byte while the values of its table change.
-                    return base_name(x.name) == base_name(y.name) and self._parts(x, y) is None
+                    return base_name(x.name) == base_name(y.name) and self._round(
+                        (x.key, y.key), lambda: self._parts(x, y)
+                    )
                 return self.twins.original.get(b.name) == a.name
             case RefKind.EXTERN:
                 return a.name == b.name and a.addend == b.addend
@@ -266,8 +271,21 @@ class _Comparer:
         return (
             a.addend == b.addend
             and section_a.data == section_b.data
-            and self._rows(section_a, section_a.relocs, 0, section_b, section_b.relocs, 0) is None
+            and self._round(
+                (a.section, b.section),
+                lambda: self._rows(section_a, section_a.relocs, 0, section_b, section_b.relocs, 0),
+            )
         )
+
+    def _round(self, pair: tuple[str | int, str | int], look: Callable[[], Difference | None]) -> bool:
+        """Whether ``look`` finds no difference, where it may come by this very pair again."""
+        if pair in self._open:
+            return True
+        self._open.add(pair)
+        try:
+            return look() is None
+        finally:
+            self._open.remove(pair)
 
     # -- whole sections ----------------------------------------------------
 
