@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     patches, strip = read_patches(args.patch, args.strip)
     request = BuildRequest(
         patches=patches,
-        release=Release(args.kernel or os.uname().release),
+        release=Release(os.uname().release if args.kernel is None else args.kernel),
         output=output,
         name=args.name,
         replace=not args.no_replace,

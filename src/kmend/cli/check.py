@@ -26,7 +26,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
     data = read_file(args.module, "a livepatch module (.ko)")
     description = describe(read(data, args.module), None, args.module)
-    target = store.open_target(context.config, Release(args.kernel or description.release))
+    target = store.open_target(
+        context.config, Release(description.release if args.kernel is None else args.kernel)
+    )
     checked = check_module(data, args.module, target, context.config)
     context.emit(
         {

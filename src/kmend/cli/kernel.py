@@ -72,7 +72,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
             if not context.json:
                 context.say(table(rows, context.config.targets))
         case "show":
-            target = store.open_target(context.config, Release(args.release or os.uname().release))
+            target = store.open_target(
+                context.config, Release(os.uname().release if args.release is None else args.release)
+            )
             document = {**describe(target), "size": size_on_disk(target.folder)}
             context.emit({"schema": 1, "target": document})
             if not context.json:
@@ -88,7 +90,7 @@ def fetch(args: argparse.Namespace, context: Context) -> Target:
 
     given = {name: getattr(args, name) for name, *_ in CUSTOM_FLAGS if getattr(args, name) is not None}
     if not given:
-        release = Release(args.release or os.uname().release)
+        release = Release(os.uname().release if args.release is None else args.release)
         return store.fetch_packaged(context.config, release, context.progress)
     lacking = [f"--{name}" for name, _kind, needed, _text in CUSTOM_FLAGS if needed and name not in given]
     if lacking:

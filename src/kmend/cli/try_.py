@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
             rule="usage",
         )
     patches = tuple(Path(name) for name in args.module)
-    release = Release(args.kernel or read_livepatch(patches[0]).release)
+    release = Release(read_livepatch(patches[0]).release if args.kernel is None else args.kernel)
     kernel = LabKernel.of(open_target(context.config, release))
     request = TrialRequest(
         release=kernel.release,

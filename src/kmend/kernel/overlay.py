@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from kmend.core.errors import Failed, Refusal, Refused
+from kmend.kernel.work import FULL, disk_full
 
 
 def make_overlay(
@@ -26,7 +27,8 @@ def make_overlay(
     afterwards that this did not happen.
 
     Raises:
-        Failed: ``overlay``: the folder exists and is not empty, or cannot be written (nothing is left of it).
+        Failed: ``overlay``: the folder exists and is not empty, or cannot be written; ``disk-full``. Nothing
+            is left of it.
         Refused: ``unsafe-path``: a path leaves the tree or leads through a symbolic link.
     """
     source = source.absolute()
@@ -54,6 +56,8 @@ def make_overlay(
             shutil.rmtree(folder, ignore_errors=True)
             raise
     except OSError as error:
+        if FULL.search(str(error)):
+            raise disk_full(str(error)) from error
         raise Failed(
             f"the overlay {folder} cannot be written",
             why=error.strerror or str(error),

@@ -281,7 +281,8 @@ def _find_old(
             f"it is not in the package archive, and {config.mirror} was not reached ({offline.why})"
             if offline
             else f"neither the package archive nor {config.mirror} has it"
-        ),
+        )
+        + (f"\nthe archive's lists could not be fetched anew: {trouble.why}" if trouble else ""),
         next_step=f"releases that do exist: {', '.join(close)}" if close else "check the release's name",
         rule="unknown-release",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kmend.core.errors import Failed
@@ -19,7 +21,10 @@ def unpack_deb(work: Work, deb: Path, into: Path) -> None:
     """
     _make(into)
     excludes = [f"--exclude={name}" for name in _NOT_WANTED]
-    work.shell('dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2" --no-same-owner "${@:3}"', deb, into, *excludes)
+    with _of(deb):
+        work.shell(
+            'dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2" --no-same-owner "${@:3}"', deb, into, *excludes
+        )
 
 
 def unpack_source(work: Work, deb: Path, into: Path) -> None:
@@ -32,15 +37,16 @@ def unpack_source(work: Work, deb: Path, into: Path) -> None:
         Failed: the package is damaged or holds no source archive, or the disk is full.
     """
     _make(into)
-    work.shell(
-        'dpkg-deb --fsys-tarfile "$1"'
-        " | tar -x -O --wildcards './usr/src/linux-source-*.tar.xz'"
-        ' | xz -d -c -T "$3"'
-        ' | tar -x -C "$2" --strip-components=1 --no-same-owner',
-        deb,
-        into,
-        str(work.jobs),
-    )
+    with _of(deb):
+        work.shell(
+            'dpkg-deb --fsys-tarfile "$1"'
+            " | tar -x -O --wildcards './usr/src/linux-source-*.tar.xz'"
+            ' | xz -d -c -T "$3"'
+            ' | tar -x -C "$2" --strip-components=1 --no-same-owner',
+            deb,
+            into,
+            str(work.jobs),
+        )
     if not (into / "Makefile").is_file():
         raise Failed(
             f"{deb.name} holds no kernel source",
@@ -59,6 +65,22 @@ def decompress_modules(work: Work, modules: Path) -> None:
                 str(work.jobs),
                 *tool,
             )
+
+
+@contextmanager
+def _of(deb: Path) -> Iterator[None]:
+    """Name the package in the error of a pipeline (the shell that ran it tells nobody anything)."""
+    try:
+        yield
+    except Failed as error:
+        if error.rule != "subprocess":
+            raise
+        raise Failed(
+            f"the package {deb.name} is not what was expected: it cannot be unpacked",
+            why=error.why,
+            next_step="check the release's name; if it is right, please report this",
+            rule="bad-package",
+        ) from error
 
 
 def _make(folder: Path) -> None:
