@@ -161,8 +161,9 @@ class Apt:
             Release(name)
             for name in names
             if RELEASE.match(name)
-            and re.search(r"[0-9][.+-]", name)
-            and not re.search(r"-(dbg|unsigned)$", name)
+            # not the packages that only depend on the newest (6.12-amd64), nor debug images
+            and re.match(r"\d+\.\d+\.\d", name)
+            and not re.search(r"-(dbg|unsigned|template)$", name)
         )
 
     def update(self, work: Work) -> None:

@@ -174,7 +174,8 @@ def to_text(report: BuildReport) -> str:
     ]  # fmt: skip
     if rows:
         lines += ["", *columns([("object", "function", "status", "why"), *rows])]
-    for title, reasons in (("refused", report.refused), ("warning", report.warnings)):
+    verdict = "failed" if report.result is Outcome.FAILED else "refused"
+    for title, reasons in ((verdict, report.refused), ("warning", report.warnings)):
         lines += grouped(title, reasons)
     if report.verified.functions:
         lines += ["", verified_line(report.verified)]
