@@ -378,6 +378,7 @@ class _Build:
             out=scratch / "patched",
             progress=self.progress,
             extra_flags=compiling.SPLIT_WITH_TYPES,
+            patched_flags=include_flags(),
             meanwhile=lambda: views.append(self._open()),
         )
         from kmend.diff.unit import UnitObject
@@ -427,6 +428,7 @@ class _Build:
             scratch=scratch,
             progress=self.progress,
             check=lambda unit, deps: self._only_patched(unit, tree, files, deps),
+            patched_flags=include_flags(),
         )
         self.considered = (len(reached.candidates), len(differing))
         refusals = [
@@ -475,8 +477,14 @@ class _Build:
                 works.append(UnitWork(unit, diff, selection))
                 self.refusals += self._types(old, new)
             self.warnings += selection.warnings
-        works = [w for w in self._share(works) if w.selection.included or w.selection.refusals]
-        if any(w.selection.changed or w.selection.refusals for w in works) or self.refusals:
+        works = [
+            w
+            for w in self._share(works)
+            if w.selection.included or w.selection.refusals or w.diff.declared.acts
+        ]
+        if any(w.selection.changed or w.selection.refusals or w.diff.declared.acts for w in works) or (
+            self.refusals
+        ):
             return works
         return []
 
@@ -523,11 +531,12 @@ class _Build:
         self, view: TargetView, works: Sequence[UnitWork], layout: Layout, scratch: Path
     ) -> list[Proof]:
         """Prove every unit; those of one object know of what the others bring and make global."""
+        from kmend.module.output import PATCH
         from kmend.verify.symbols import Prover
 
         provers = [Prover(view.world(), w.unit.owner, w.diff.old, w.diff.old_special) for w in works]
         for work, prover in zip(works, provers, strict=True):
-            shared: set[str] = set()
+            shared: set[str] = {PATCH}
             promoted: dict[str, Callable[[], Resolution | None]] = {}
             for other, its in zip(works, provers, strict=True):
                 if other.unit.owner != work.unit.owner:
@@ -669,8 +678,14 @@ class _Build:
                         _why(name, row.difference, edited, inlined),
                     )
                 )
+            callbacks = {key: f"{kind.words} callback" for kind, key in work.selection.callbacks}
             rows += [
-                FunctionRow(new.parts[key].name, 0, "new", "the original object has no such function")
+                FunctionRow(
+                    new.parts[key].name,
+                    0,
+                    "new",
+                    callbacks.get(key, "the original object has no such function"),
+                )
                 for key in work.selection.new_functions
                 if new.parts[key].kind is PartKind.FUNCTION
             ]
@@ -712,6 +727,11 @@ def _why(name: str, difference: str, edited: frozenset[str], inlined: list[str])
     if inlined:
         return f"inlines {', '.join(inlined)}, edited ({difference})"
     return f"compiled differently: {difference}"
+
+
+def include_flags() -> tuple[str, ...]:
+    """Lets patched code find ``kmend.h``, ``kpatch-macros.h`` and ``kpatch-syscall.h``, after all else."""
+    return ("-idirafter", str(Path(__file__).parent / "module" / "include"))
 
 
 def _one_line(text: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from kmend.diff.declared import Declarations, declarations, is_declaration
 from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry, SpecialSections
 from kmend.diff.twins import Twins, match
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
@@ -44,11 +45,15 @@ class ObjectDiff:
     new_data: tuple[str, ...]
     #: sections without symbols (export tables, …) that differ
     changed_sections: tuple[str, ...]
+    #: what the patched object declares beside its code
+    declared: Declarations
+    #: functions that differ and are to stay as they are all the same (keys of the patched object)
+    ignored: tuple[str, ...]
 
     @property
     def nothing(self) -> bool:
         """Whether the two objects mean the same (a removed function alone changes nothing)."""
-        return not (self.changed or self.changed_data or self.changed_sections)
+        return not (self.changed or self.changed_data or self.changed_sections or self.declared.acts)
 
 
 def cold_parent(unit: UnitObject, part: Part) -> Part | None:
@@ -107,6 +112,9 @@ class _Comparer:
             if difference is not None:
                 (changed if function else changed_data)[key] = difference
         self._join_cold(changed, new_functions)
+        declared = declarations(self.new.elf)
+        ignored = self._ignored(declared)
+        left_out = tuple(key for key in ignored if changed.pop(key, None) is not None)
         kept = set(self.twins.original.values())
         removed = tuple(p.key for p in self.old.functions() if p.key not in kept)
         return ObjectDiff(
@@ -121,7 +129,19 @@ class _Comparer:
             changed_data,
             tuple(new_data),
             self._sections(),
+            declared,
+            left_out,
         )
+
+    def _ignored(self, declared: Declarations) -> list[str]:
+        """The functions that the patch's author wants left alone, with their cold parts."""
+        named = {
+            part.key
+            for place in declared.ignored_functions
+            if (part := self.new.covering(place.section, place.offset)) is not None
+        }
+        parents = {part.key: cold_parent(self.new, part) for part in self.new.functions()}
+        return [key for key, parent in parents.items() if key in named or (parent and parent.key in named)]
 
     def _join_cold(self, changed: dict[str, Difference], new_functions: list[str]) -> None:
         """A function and its cold part jump into each other: when one differs both are replaced."""
@@ -304,6 +324,7 @@ class _Comparer:
                     and section.name != ORC
                     and not section.name.startswith((".rodata.cst", ".note."))
                     and not unit.parts_in(section.index)
+                    and not is_declaration(section.name)
                 ):
                     out.setdefault(section.name, []).append(section)
             return out

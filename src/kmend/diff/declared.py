@@ -88,7 +88,10 @@ def declarations(elf: ElfFile) -> Declarations:
             case "ignore.functions":
                 functions += _places(elf, section)
             case "ignore.sections":
+                # kpatch's macro leaves pointers to strings, ours the strings themselves
                 sections += [_text(elf, place) for place in _places(elf, section)]
+                if not section.relocs:
+                    sections += [name.decode(errors="replace") for name in section.data.split(b"\0") if name]
             case "force":
                 forced += _places(elf, section)
             case "states":

@@ -22,6 +22,7 @@ from enum import Enum
 
 from kmend.core.errors import Refusal
 from kmend.diff.compare import ObjectDiff, cold_parent, without_identity
+from kmend.diff.declared import CallbackKind
 from kmend.diff.special import SATELLITES, TABLE, Entry
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
@@ -89,6 +90,10 @@ class Selection:
     externs: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     warnings: tuple[Refusal, ...]
+    #: functions of the patched object (keys) that the kernel calls around patching its object
+    callbacks: tuple[tuple[CallbackKind, str], ...]
+    #: ``struct klp_state`` rows: id and version
+    states: tuple[tuple[int, int], ...]
 
 
 def is_init(section: Section) -> bool:
@@ -212,6 +217,9 @@ class _Selector:
         self.roots = extra_roots
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.warnings: dict[tuple[str, str], Refusal] = {}
+        #: sections that the patch's author wants left alone, as far as they differ
+        self._asked = frozenset(diff.declared.ignored_sections)
+        self._skipped: set[str] = set()
 
     def refuse(self, rule: str, what: str, why: str, next_step: str) -> None:
         self.refusals.setdefault((rule, what), Refusal(rule, what, why, next_step))
@@ -231,7 +239,9 @@ class _Selector:
         self._data_rules()
         self._section_rules()
         living = [key for key in diff.changed if not is_init(new.section_of(new.parts[key]))]
-        included, outer, externs = self._closure([*living, *self.roots])
+        callbacks = self._declared()
+        called = [key for _, key in callbacks]
+        included, outer, externs = self._closure([*living, *called, *self.roots])
         self._renamed(included)
         order = [key for key in new.parts if key in included]
         new_functions = tuple(
@@ -250,7 +260,50 @@ class _Selector:
             tuple(sorted(externs)),
             tuple(self.refusals.values()),
             tuple(self.warnings.values()),
+            callbacks,
+            diff.declared.states,
         )
+
+    def _declared(self) -> tuple[tuple[CallbackKind, str], ...]:
+        """The callbacks; and what else the patch declares is told or refused."""
+        declared = self.diff.declared
+        for refusal in declared.refusals:
+            self.refuse(refusal.rule, refusal.what, refusal.why, refusal.next_step)
+        callbacks = []
+        for kind, place in declared.callbacks:
+            part = self.new.covering(place.section, place.offset) if place.section else None
+            if part is None or part.kind is not PartKind.FUNCTION or part.start != place.offset:
+                self.refuse(
+                    "callback-elsewhere",
+                    place.symbol or f"the {kind.words} callback",
+                    f"it is declared as {kind.words} callback in {self.new.name}, which does not define it",
+                    "declare the callback in the file that defines it",
+                )
+                continue
+            callbacks.append((kind, part.key))
+        for key in self.diff.ignored:
+            self.warn(
+                "ignored-by-patch",
+                self.new.parts[key].name,
+                "the function comes out differently, and the patch asks to leave it as it is",
+                "make sure that old and new code agree without it",
+            )
+        for name in sorted(self._skipped):
+            self.warn(
+                "ignored-by-patch",
+                f"section {name}",
+                "the patch asks to leave its data as it is",
+                "make sure that the change does not need it",
+            )
+        for place in declared.forced:
+            self.warn(
+                "force-unsafe",
+                place.symbol or "a function",
+                "the patch asks for it to be replaced while it runs (KPATCH_FORCE_UNSAFE); the kernel "
+                "switches each task when the function is not on its stack, and knows no exception",
+                "nothing is to be done; if the transition does not end, see which task stands in it",
+            )
+        return tuple(callbacks)
 
     # -- rules ---------------------------------------------------------------
 
@@ -280,6 +333,8 @@ class _Selector:
             section = self.new.section_of(part)
             if section.name.startswith(_INFORMATION) or self.linker.copied(part):
                 continue
+            if self._wanted_as_it_is(section.name, section_class(self.new, part)):
+                continue
             rule = "init-data" if is_init(section) else "changed-data"
             self.refuse(
                 rule,
@@ -294,6 +349,8 @@ class _Selector:
             name = section_class(self.new, part)
             if name.startswith((*_INFORMATION, *_DYNDBG, ".discard")) or self._plain(name):
                 continue
+            if self._wanted_as_it_is(name):
+                continue
             self.refuse(
                 "init-data" if name.startswith(_INIT) else "special-data",
                 part.name,
@@ -307,6 +364,8 @@ class _Selector:
             name = section_class(self.old, part)
             if part.key in kept or name.startswith((*_INFORMATION, *_DYNDBG, *_TAKEN_AWAY)):
                 continue
+            if self._wanted_as_it_is(name):
+                continue
             self.refuse(
                 "init-data" if name.startswith(_INIT) else "special-data",
                 part.name,
@@ -314,6 +373,12 @@ class _Selector:
                 "has looked at when it started",
                 "leave this part of the change to the next reboot",
             )
+
+    def _wanted_as_it_is(self, *names: str) -> bool:
+        """Whether the patch asks to leave a section of one of these names alone; notes that it mattered."""
+        found = self._asked.intersection(names)
+        self._skipped |= found
+        return bool(found)
 
     def _renamed(self, included: set[str]) -> None:
         """A variable that goes and one that comes, of one size: the same by another name?"""
@@ -353,7 +418,7 @@ class _Selector:
 
     def _section_rules(self) -> None:
         for name in self.diff.changed_sections:
-            if name.startswith(_INFORMATION):
+            if name.startswith(_INFORMATION) or self._wanted_as_it_is(name):
                 continue
             export = "ksymtab" in name or "kcrctab" in name or "export_symbol" in name
             self.refuse(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kmend.core.errors import Failed
+from kmend.diff.declared import is_declaration
 from kmend.elf.model import (
     SHF_MERGE,
     SHN_ABS,
@@ -166,6 +167,8 @@ class UnitObject:
                 continue
             if not section.alloc or section.name.startswith(".discard"):
                 continue  # the linker throws it away (scripts/module.lds.S, DISCARDS)
+            if is_declaration(section.name):
+                continue  # said to kmend, not to the kernel
             if symbol.value + symbol.size > section.size:
                 raise Failed(
                     f"{self.name}: {symbol.name} reaches beyond its section {section.name}", rule="bad-elf"

@@ -143,6 +143,7 @@ def preprocessed(
     tree: Path,
     scratch: Path,
     children: Children | None = None,
+    extra_flags: Sequence[str] = (),
 ) -> Preprocessed:
     """Preprocess ``unit`` as it lies in ``tree``; line markers are left out, ``__LINE__`` is expanded.
 
@@ -155,7 +156,7 @@ def preprocessed(
     listing = scratch / f"{object_name(unit).replace('/', '%')}.d"
     result = run(
         [
-            *compiler_arguments(command),
+            *compiler_arguments(command, (*SPLIT_SECTIONS, *extra_flags)),
             "-w",
             "-E",
             "-P",
@@ -430,9 +431,12 @@ def compile_pairs(
     out: Path,
     progress: Progress,
     extra_flags: Sequence[str] = SPLIT_SECTIONS,
+    patched_flags: Sequence[str] = (),
     meanwhile: Callable[[], None] | None = None,
 ) -> dict[Unit, Pair]:
     """Original and patched object of every unit, at most ``config.jobs`` compilers at once.
+
+    ``patched_flags`` are for the patched objects alone.
 
     The patched objects come first in the queue: they are never cached, and an error of the author's
     shows soonest there. When one fails the others are ended. ``meanwhile`` is called once they run,
@@ -452,7 +456,13 @@ def compile_pairs(
         command = commands[unit]
         if patched:
             made = compile_unit(
-                target, unit, command, tree=patched_tree, out=out, extra_flags=extra_flags, children=children
+                target,
+                unit,
+                command,
+                tree=patched_tree,
+                out=out,
+                extra_flags=(*extra_flags, *patched_flags),
+                children=children,
             )
         else:
             made = original(config, target, unit, command, extra_flags=extra_flags, children=children)
@@ -484,10 +494,11 @@ def differing_units(
     scratch: Path,
     progress: Progress,
     check: Callable[[Unit, Sequence[str]], None],
+    patched_flags: Sequence[str] = (),
 ) -> tuple[Unit, ...]:
     """Which units the preprocessor turns into another text in ``patched_tree``, in the order given.
 
-    ``check`` is called with what each patched unit read.
+    ``check`` is called with what each patched unit read; ``patched_flags`` are for those alone.
 
     Raises:
         Failed: the first failure, as :func:`preprocessed`.
@@ -499,7 +510,14 @@ def differing_units(
         folder.mkdir()
 
     def differs(unit: Unit) -> bool:
-        after = preprocessed(unit, commands[unit], tree=patched_tree, scratch=folders[1], children=children)
+        after = preprocessed(
+            unit,
+            commands[unit],
+            tree=patched_tree,
+            scratch=folders[1],
+            children=children,
+            extra_flags=patched_flags,
+        )
         check(unit, after.deps)
         before = preprocessed(unit, commands[unit], tree=target.source, scratch=folders[0], children=children)
         return before.digest != after.digest

@@ -40,7 +40,18 @@ from kmend.elf.model import (
 from kmend.elf.reader import slice_relocs
 from kmend.elf.writer import OutReloc, OutSymbol
 from kmend.module.layout import Layout
-from kmend.module.output import EARLY, Assembled, FuncEntry, ModuleSpec, ObjectEntry, Out, Output
+from kmend.module.output import (
+    EARLY,
+    PATCH,
+    Assembled,
+    FuncEntry,
+    ModuleSpec,
+    ObjectEntry,
+    Out,
+    Output,
+    bad_states,
+    second_callback,
+)
 from kmend.module.resolve import Livepatched, Resolution
 
 
@@ -119,11 +130,13 @@ class _Assembler(Output):
             for key in unit.selection.included:
                 self._fill_part(number, unit, key)
             self._fill_special(number, unit)
+        objects = self._objects()
+        states = tuple(row for unit in self.units for row in unit.selection.states)
+        self.refusals += bad_states(states)
         if self.refusals:
             raise Refused(self.refusals)
-        objects = self._objects()
         glue = self._place_glue()
-        self._descriptors(objects)
+        self._descriptors(objects, states)
         self._join(glue, self._from_glue)
         self._information()
         self._versions()
@@ -199,7 +212,9 @@ class _Assembler(Output):
             case LinkKind.OUTER:
                 symbol, obj = self._reach(unit.outer[link.name])
             case LinkKind.EXTERN:
-                if (unit.owner, link.name) in self.shared:
+                if link.name == PATCH:
+                    symbol = self.patch
+                elif (unit.owner, link.name) in self.shared:
                     symbol = self.parts[self.shared[unit.owner, link.name]][1]
                 else:
                     symbol, obj = self._reach(unit.externs[link.name])
@@ -274,7 +289,9 @@ class _Assembler(Output):
         resolution: Resolution | None = None
         if link.kind is LinkKind.OUTER:
             resolution = unit.outer[link.name]
-        elif link.kind is LinkKind.EXTERN and (unit.owner, link.name) not in self.shared:
+        elif (
+            link.kind is LinkKind.EXTERN and link.name != PATCH and (unit.owner, link.name) not in self.shared
+        ):
             resolution = unit.externs[link.name]
         return isinstance(resolution, Livepatched) and resolution.obj != VMLINUX
 
@@ -361,4 +378,9 @@ class _Assembler(Output):
                 replacement = self.parts[number, row.key][1]
                 entry = objects.setdefault(unit.owner, ObjectEntry())
                 entry.funcs.append(FuncEntry(part.name, unit.sympos[row.original], replacement))
+            for kind, key in unit.selection.callbacks:
+                entry = objects.setdefault(unit.owner, ObjectEntry())
+                if kind in entry.callbacks:
+                    self.refusals.append(second_callback(unit.owner, kind, entry.callbacks[kind].name, key))
+                entry.callbacks[kind] = self.parts[number, key][1]
         return objects

@@ -144,6 +144,34 @@ class Placed:
 Resolve = Callable[[Symbol, Out], tuple[OutSymbol, str | None] | None]
 
 
+def second_callback(obj: str, kind: CallbackKind, first: str, second: str) -> Refusal:
+    """Two callbacks of one kind for one object: ``struct klp_callbacks`` has one pointer for each kind."""
+    return Refusal(
+        "duplicate-callback",
+        f"{kind.words} callback of {obj}",
+        f"both {first} and {second} are declared; the kernel calls one function of each kind for an object",
+        "call one of them from the other",
+    )
+
+
+def bad_states(states: Sequence[tuple[int, int]]) -> list[Refusal]:
+    """What is wrong with rows (id, version) of ``struct klp_state``: ``unsigned long``, ``unsigned int``."""
+    out = []
+    for number, version in dict.fromkeys(states):
+        why = ""
+        if not 0 < number < 1 << 64:
+            why = "an id is a number from 1 on; 0 ends the list"
+        elif not 0 <= version < 1 << 32:
+            why = f"{version} is no version: an unsigned int is needed"
+        elif [row for row, _ in states].count(number) > 1:
+            why = "it is declared more than once"
+        if why:
+            out.append(
+                Refusal("bad-state", f"state {number}", why, "declare each state once, with its version")
+            )
+    return list(dict.fromkeys(out))
+
+
 class Output:
     """The output file; the two roads are its subclasses."""
 
