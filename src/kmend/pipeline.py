@@ -99,12 +99,12 @@ class TargetView:
         self.exports = symvers.load(target.symvers)
         self.vmlinux = VmlinuxBinary(self.image, self.symbols)
 
-    def glue(self) -> ElfFile:
+    def glue(self, *, forget: bool = False) -> ElfFile:
         """``glue.c`` compiled for this target; made once."""
         from kmend.elf.reader import read
         from kmend.module.layout import glue_source
 
-        source = glue_source()
+        source = glue_source(forget=forget)
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         path = self.target.folder / f"glue-{digest}.o"
         if not path.exists():
@@ -112,6 +112,21 @@ class TargetView:
                 made = compiling.compile_snippet(self.target, source, out=folder, module_name="kmend")
                 write_atomically(path, made.read_bytes())
         return read(path.read_bytes(), path.name)
+
+    def takes_back(self) -> bool:
+        """Whether the kernel clears what it relocated for a module when that goes.
+
+        Probed by the function that does it: 0c05e7bd2d01 "livepatch,x86: Clear relocation targets on a module
+        removal" (6.3).
+        """
+        return bool(self.symbols.named("clear_relocate_add"))
+
+    def forget(self) -> Resolution | None:
+        """How a module reaches ``text_poke_set()`` to do it itself; None: no need, or no such function."""
+        from kmend.module.resolve import Livepatched
+
+        found = self.symbols.named("text_poke_set")
+        return None if self.takes_back() or len(found) != 1 else Livepatched(VMLINUX, "text_poke_set", 0)
 
     def module(self, name: str) -> UnitObject:
         """A module of the target, parsed.
@@ -627,10 +642,24 @@ class _Build:
             ("kmend_build_id", self.target.build_id),
             ("kmend_report", report_hash.hexdigest()),
         )
-        glue = view.glue()
+        modules = [work.unit.owner for work in works if work.unit.owner != VMLINUX]
+        forget = view.forget() if modules else None
+        if modules and forget is None and not view.takes_back():
+            self.warnings.append(
+                Refusal(
+                    "module-reload",
+                    ", ".join(dict.fromkeys(modules)),
+                    "this kernel cannot relocate the patch a second time: while it is loaded, the module "
+                    "can be unloaded but not loaded again",
+                    "take the patch back before the module is loaded again",
+                )
+            )
+        glue = view.glue(forget=forget is not None)
         needed = [s.name for s in glue.symbols if s.section == SHN_UNDEF and s.name]
         assembled = assemble(
-            ModuleSpec(self.name, self.request.replace, info, json.dumps(note, sort_keys=True).encode()),
+            ModuleSpec(
+                self.name, self.request.replace, info, json.dumps(note, sort_keys=True).encode(), forget
+            ),
             [
                 UnitPatch(
                     work.unit.owner, work.unit.obj, work.selection, proof.outer, proof.externs, proof.sympos

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from kmend.cli import main
+from kmend.core.config import Config
 from kmend.core.target import Target
+from kmend.lab.guest import Guest
 
 pytestmark = [pytest.mark.lab, pytest.mark.target]
 
@@ -68,3 +70,32 @@ def test_the_cmdline_change_comes_and_goes(
     assert "'kmend_cmdline': unpatching complete" in messages(verdict)
     taint = {row["bit"]: row["meaning"] for row in verdict["patched"]["taint"]["flags"]}
     assert taint[15] == "the kernel has been live patched"
+
+
+def test_a_patched_module_may_go_and_come_again(
+    target_55: Target, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before 6.3 the kernel would refuse to load it again (glue.c, kmend_forget); patched after it, too."""
+    status, built = kmend(
+        capsys, "build", EXAMPLES / "ext4-null-folio.patch", "--kernel", target_55.release, "-o", tmp_path
+    )
+    assert status == 0
+    patched = f"cat /sys/kernel/livepatch/{built['name']}/ext4/patched"
+    with Guest.of(target_55, config.lab) as guest:
+        guest.put("/root/p.ko", Path(built["module"]).read_bytes())
+        guest.put("/root/recipe.sh", (EXAMPLES / "ext4-recipe.sh").read_bytes(), 0o755)
+        guest.run("modprobe ext4 && insmod /root/p.ko", check=True)
+        assert guest.run(patched, check=True).text.strip() == "1"
+        for _ in range(2):
+            guest.run("rmmod ext4 && modprobe ext4", check=True)
+            assert guest.run(patched, check=True).text.strip() == "1"
+        guest.run("/root/recipe.sh", check=True, timeout=120)
+        guest.run(f"echo 0 >/sys/kernel/livepatch/{built['name']}/enabled", check=True)
+        gone = (
+            f"for i in $(seq 60); do [ -e /sys/kernel/livepatch/{built['name']} ] || exit 0; sleep .2; done"
+        )
+        guest.run(f"{gone}; exit 1", check=True)
+        guest.run(f"rmmod {built['name']} && rmmod ext4 && modprobe ext4", check=True)
+        log = [message.text for message in guest.dmesg()]
+    assert sum("reverting patch" in line for line in log) == 2
+    assert not [line for line in log if "invalid relocation" in line or "BUG" in line or "WARNING" in line]

@@ -16,10 +16,12 @@
 #include <linux/module.h>
 #include <linux/static_call.h>
 #include <linux/stddef.h>
+#include <linux/string.h>
 #include <linux/vermagic.h>
 #include <asm/alternative.h>
 #include <asm/extable.h>
 #include <asm/orc_types.h>
+#include <asm/text-patching.h>
 
 #ifndef KMEND_OWN_INIT
 extern struct klp_patch kmend_patch;
@@ -35,6 +37,46 @@ static void __exit kmend_exit(void)
 
 module_init(kmend_init);
 module_exit(kmend_exit);
+#endif
+
+#ifdef KMEND_FORGET
+/*
+ * Before Linux 6.3 the livepatch core leaves what it relocated in us for a module as it
+ * is when that module goes; and when the module comes again, the loader refuses to
+ * relocate fields that are not zero, and with them the module: it could not be loaded
+ * again while the patch is. (0c05e7bd2d01 "livepatch,x86: Clear relocation targets on a
+ * module removal" mended it.) So this post-unpatch callback of every such object puts
+ * zeros there. Nothing runs the code then: the object's functions are unpatched.
+ *
+ * The tables are written by src/kmend/module/output.py.
+ */
+struct kmend_spot {
+	const char *object;
+	void *where;
+	unsigned long size;
+};
+
+struct kmend_after {
+	const char *object;
+	void (*callback)(struct klp_object *obj);
+};
+
+extern const struct kmend_spot kmend_spots[];
+extern const struct kmend_after kmend_afters[];
+
+void kmend_forget(struct klp_object *obj);
+void kmend_forget(struct klp_object *obj)
+{
+	const struct kmend_after *after;
+	const struct kmend_spot *spot;
+
+	for (after = kmend_afters; after->callback; after++)
+		if (!strcmp(after->object, obj->name))
+			after->callback(obj);
+	for (spot = kmend_spots; spot->where; spot++)
+		if (!strcmp(spot->object, obj->name))
+			text_poke_set(spot->where, 0, spot->size);
+}
 #endif
 MODULE_INFO(vermagic, VERMAGIC_STRING);
 #ifdef CONFIG_RETPOLINE

@@ -13,13 +13,15 @@ from kmend.elf.model import ElfFile
 SECTION = ".kmend.layout"
 
 
-def glue_source(*, own_init: bool = False) -> str:
+def glue_source(*, own_init: bool = False, forget: bool = False) -> str:
     """The C text that, compiled for a target, gives the common part of its modules and their layout.
 
-    ``own_init``: for a module that brings ``module_init`` and its descriptors itself.
+    ``own_init``: for a module that brings ``module_init`` and its descriptors itself. ``forget``: for a
+    kernel that does not take back what it relocated for a module that goes (``ModuleSpec.forget``).
     """
     text = resources.files("kmend.module").joinpath("glue.c").read_text()
-    return f"#define KMEND_OWN_INIT\n{text}" if own_init else text
+    words = [word for word, wanted in (("KMEND_OWN_INIT", own_init), ("KMEND_FORGET", forget)) if wanted]
+    return "".join(f"#define {word}\n" for word in words) + text
 
 
 @dataclass(frozen=True, slots=True)

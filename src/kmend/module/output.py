@@ -35,6 +35,7 @@ from kmend.elf.model import (
 )
 from kmend.elf.writer import OutReloc, OutSection, OutSymbol, write
 from kmend.elf.x86_64 import R_64
+from kmend.elf.x86_64 import row as row_of
 from kmend.module.layout import SECTION as LAYOUT_SECTION
 from kmend.module.layout import Layout, modinfo
 from kmend.module.resolve import Exported, Livepatched, Resolution
@@ -49,12 +50,17 @@ OUR_INFO = (("livepatch", "Y"), ("license", "GPL"))
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """What the module is called and says of itself."""
+    """What the module is called and says of itself.
+
+    ``forget``: how to reach ``text_poke_set()``, for a kernel that does not itself clear what it relocated
+    for a module that goes (before 6.3); the glue must have been compiled for it.
+    """
 
     name: str
     replace: bool
     info: tuple[tuple[str, str], ...] = ()
     note: bytes = b""
+    forget: Resolution | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +192,10 @@ class Output:
         self.strings: dict[bytes, int] = {}
         #: ``struct klp_patch``; it gets its place when the descriptors are written
         self.patch = OutSymbol(PATCH, SHN_UNDEF)
+        #: what ``kmend_forget()`` of the glue reads
+        self.spots, self.afters = OutSymbol("kmend_spots", SHN_UNDEF), OutSymbol("kmend_afters", SHN_UNDEF)
+        #: post-unpatch callbacks that it calls for their objects
+        self.after: dict[str, OutSymbol] = {}
 
     # -- sections and symbols ------------------------------------------------
 
@@ -255,7 +265,13 @@ class Output:
             row_at = base + index * lay.object_size
             if name != VMLINUX:
                 data.plain.append(OutReloc(row_at + lay.object_name, R_64, texts, self._text(name)))
-            for kind, callback in objects[name].callbacks.items():
+            callbacks = dict(objects[name].callbacks)
+            if name != VMLINUX and self.spec.forget is not None:
+                own = callbacks.get(CallbackKind.POST_UNPATCH)
+                if own is not None:
+                    self.after[name] = own
+                callbacks[CallbackKind.POST_UNPATCH] = self._named_symbol("kmend_forget")
+            for kind, callback in callbacks.items():
                 data.plain.append(OutReloc(row_at + lay.callback(kind), R_64, callback, 0))
             functions = objects[name].funcs
             table = bytearray(lay.func_size * (len(functions) + 1))
@@ -290,10 +306,40 @@ class Output:
         return data.add(bytes(rows), 8)
 
     def _this_module(self) -> OutSymbol:
-        module = next((s for s in self.symbols if s.name == "__this_module"), None)
-        if module is None:
-            raise Failed("the glue has no __this_module", rule="internal")
-        return module
+        return self._named_symbol("__this_module")
+
+    def _named_symbol(self, name: str) -> OutSymbol:
+        """A symbol of the glue, which was placed already."""
+        found = next((s for s in self.symbols if s.name == name), None)
+        if found is None:
+            raise Failed(f"the glue has no {name}", rule="internal")
+        return found
+
+    def _forgetting(self) -> None:
+        """The tables of ``kmend_forget()``: every field that the kernel relocates when a module comes."""
+        texts = self._section(".rodata.str", SHT_PROGBITS, SHF_ALLOC).symbol
+        data = self._section(".data", SHT_PROGBITS, SHF_ALLOC | SHF_WRITE)
+        spots = [
+            (obj, out.symbol, row.offset, row_of(row.type).size)
+            for out in self.out.values()
+            for obj, rows in out.klp.items()
+            if obj != VMLINUX
+            for row in rows
+        ]
+        at = data.add(bytes(24 * (len(spots) + 1)), 8)
+        self.spots.section, self.spots.value, self.spots.type = data.section, at, STT_OBJECT
+        for obj, symbol, offset, size in spots:
+            data.plain.append(OutReloc(at, R_64, texts, self._text(obj)))
+            data.plain.append(OutReloc(at + 8, R_64, symbol, offset))
+            data.data[at + 16 : at + 24] = size.to_bytes(8, "little")
+            at += 24
+        at = data.add(bytes(16 * (len(self.after) + 1)), 8)
+        self.afters.section, self.afters.value, self.afters.type = data.section, at, STT_OBJECT
+        for obj, callback in self.after.items():
+            data.plain.append(OutReloc(at, R_64, texts, self._text(obj)))
+            data.plain.append(OutReloc(at + 8, R_64, callback, 0))
+            at += 16
+        self.symbols += [self.spots, self.afters]
 
     # -- whole objects -----------------------------------------------------------------
 
@@ -361,7 +407,12 @@ class Output:
 
     def _from_glue(self, symbol: Symbol, _out: Out) -> tuple[OutSymbol, str | None]:
         """What the glue does not define: our descriptor, or an exported symbol."""
-        return (self.patch if symbol.name == PATCH else self._undefined(symbol.name)), None
+        own = {PATCH: self.patch, self.spots.name: self.spots, self.afters.name: self.afters}
+        if symbol.name in own:
+            return own[symbol.name], None
+        if symbol.name == "text_poke_set" and self.spec.forget is not None:
+            return self._reach(self.spec.forget)
+        return self._undefined(symbol.name), None
 
     def _named(self, data: bytes) -> bytes:
         """``struct module`` with our name in it."""
@@ -412,5 +463,7 @@ class Output:
 
     def _bytes(self) -> bytes:
         """The finished file."""
+        if self.spec.forget is not None:
+            self._forgetting()
         sections = [out.finish() for out in self.out.values() if out.size]
         return write(sections, [o.symbol for o in self.out.values() if o.size] + self.symbols)
