@@ -38,3 +38,9 @@ def target_55(config: Config) -> Target:
 def target_56(config: Config) -> Target:
     """Debian 6.1.192-2, which has the ext4 fix."""
     return fetch(config, Release("6.1.0-56-amd64"), Silent())
+
+
+@pytest.fixture(scope="session")
+def target_612(config: Config) -> Target:
+    """Debian's 6.12 line: IBT, padding in front of functions, objtool on the linked image."""
+    return fetch(config, Release("6.12.117+deb12-amd64"), Silent())

@@ -72,6 +72,24 @@ def test_the_cmdline_change_comes_and_goes(
     assert taint[15] == "the kernel has been live patched"
 
 
+def test_the_newer_line_of_kernels(
+    target_612: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """6.12: code with ENDBR and padding in front of each function."""
+    status, built = kmend(
+        capsys, "build", EXAMPLES / "cmdline.patch", "--kernel", target_612.release, "-o", tmp_path
+    )
+    assert (status, built["result"]) == (0, "built")
+    assert built["verified"]["identical"] == 1
+    status, verdict = kmend(capsys, "try", built["module"], "--run", EXAMPLES / "cmdline-check.sh", "--after")
+    assert status == 0, verdict
+    shown = {run["phase"]: run["stdout"].rstrip() for run in verdict["patched"]["runs"]}
+    assert shown["patched"].endswith(" kmend=1")
+    assert not shown["restored"].endswith(" kmend=1")
+    assert verdict["patched"]["warnings"] == verdict["patched"]["oopses"] == []
+    assert verdict["patched"]["sysfs"][0]["replace"] is True
+
+
 def test_a_patched_module_may_go_and_come_again(
     target_55: Target, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
