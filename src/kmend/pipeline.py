@@ -690,11 +690,14 @@ class _Build:
         from kmend.diff.unit import PartKind, base_name
         from kmend.patch.definitions import edited_functions
 
-        edited = frozenset().union(*(edited_functions(file) for file in applied.files))
+        sources = {work.unit.source for work in works}
         objects: dict[str, list[FunctionRow]] = {}
         for work, proof in zip(works, proofs, strict=True):
             rows = objects.setdefault(work.unit.owner, [])
             new = work.diff.new
+            # What was edited in another unit's own source is none of this one's business; a header may be.
+            files = [f for f in applied.files if f.path == work.unit.source or f.path not in sources]
+            edited = frozenset().union(*map(edited_functions, files))
             standing = {base_name(p.name) for p in new.functions()}
             inlined = sorted(edited - standing)
             for row in work.selection.changed:

@@ -149,6 +149,15 @@ def test_code_between_functions_is_compared(pair: Pair) -> None:
     assert "changed-section" in rules(selection)
 
 
+def test_what_the_linker_throws_away_may_change(pair: Pair) -> None:
+    """``cond_resched()``, used for the first time in a file, leaves a word in ``.discard.addressable``."""
+    old = "int f(int x) { return outside(x); }"
+    word = 'asm(".pushsection .discard.addressable,\\"aw\\"\\n.quad outside\\n.popsection");\n'
+    _, selection = pair(old, word + old.replace("outside(x)", "outside(x + 1)"))
+    assert changed(selection) == {"f"}
+    assert not selection.refusals
+
+
 def test_a_function_of_ref_text_stays_for_good(pair: Pair) -> None:
     """``__ref``: it may refer to init code, but is none (include/linux/init.h)."""
     old = '__attribute__((section(".ref.text"))) noinline int f(int x) { return outside(x); }'

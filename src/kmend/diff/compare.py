@@ -322,7 +322,7 @@ class _Comparer:
                     and section.name not in TABLE
                     and section.name not in SATELLITES | DISPENSABLE
                     and section.name != ORC
-                    and not section.name.startswith((".rodata.cst", ".note."))
+                    and not section.name.startswith((".rodata.cst", ".note.", ".discard"))
                     and not unit.parts_in(section.index)
                     and not is_declaration(section.name)
                 ):

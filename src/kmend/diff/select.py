@@ -463,6 +463,7 @@ class _Selector:
                             pointer
                             and target.kind is PartKind.FUNCTION
                             and not self.linker.replaced(link.name)
+                            and cold_parent(self.new, target) is None
                         ):
                             self._pointer(part, target)
                     case LinkKind.OUTER:

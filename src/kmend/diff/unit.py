@@ -35,7 +35,7 @@ from kmend.elf.model import (
     Symbol,
 )
 from kmend.elf.reader import read, slice_relocs
-from kmend.elf.x86_64 import row
+from kmend.elf.x86_64 import R_NONE, row
 from kmend.insn.decode import ends
 
 #: GCC's names for clones of a function (gcc/symtab.cc, clone_function_name).
@@ -243,8 +243,12 @@ class UnitObject:
         return section.data[part.start : part.end]
 
     def relocs(self, part: Part) -> tuple[Reloc, ...]:
-        """The relocations inside the part; their offsets count from the section's start."""
-        return slice_relocs(self.section_of(part).relocs, part.start, part.end)
+        """The relocations inside the part; their offsets count from the section's start.
+
+        Without ``R_X86_64_NONE``, to which objtool sets those of the jumps that it turns into NOPs.
+        """
+        rows = slice_relocs(self.section_of(part).relocs, part.start, part.end)
+        return tuple(r for r in rows if r.type != R_NONE) if any(r.type == R_NONE for r in rows) else rows
 
     # -- what a relocation means -----------------------------------------
 
