@@ -32,7 +32,7 @@ from kmend.core.progress import Progress, Timings
 from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
 from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Linkage, Release, Target, Unit
 from kmend.kernel import compile as compiling
-from kmend.kernel import kbuild, overlay, prepare, store
+from kmend.kernel import kbuild, overlay, prepare, prepared
 from kmend.patch.apply import Applied, apply
 from kmend.patch.intake import parse
 from kmend.patch.lines import with_line_control
@@ -268,7 +268,7 @@ def build(request: BuildRequest, config: Config, progress: Progress) -> BuildRep
     with timings.measure("total"):
         patchset = parse(request.patches, strip=request.strip)
         with timings.measure("fetch"):
-            target = store.fetch(config, request.release, progress)
+            target = _target(request.release, config, progress)
         kernel = KernelId(target.release, target.version, target.build_id)
         try:
             report = _Build(request, name, patchset, target, config, progress, timings).run()
@@ -297,6 +297,16 @@ def _write_report(report: BuildReport) -> None:
         raise
 
 
+def _target(release: Release, config: Config, progress: Progress) -> Target:
+    """The prepared target; what fetching takes is loaded only for one that is not ready."""
+    found = prepared.ready(config, release)
+    if found is None:
+        from kmend.kernel import store
+
+        found = store.fetch(config, release, progress)
+    return found
+
+
 class _Build:
     def __init__(
         self,
@@ -317,8 +327,6 @@ class _Build:
         self.considered = (0, 0)
 
     def run(self) -> BuildReport:
-        from kmend.module.layout import read_layout
-
         measure = self.timings.measure
         with measure("prepare"):
             self._compiler()
@@ -328,6 +336,8 @@ class _Build:
             with measure("compile"):
                 pairs, view = self._compile(applied, reached, scratch)
             with measure("diff"):
+                from kmend.module.layout import read_layout
+
                 self.progress.step("comparing")
                 layout = read_layout(view.glue())
                 works = self._diff(pairs, layout)

@@ -10,7 +10,7 @@ import pytest
 from kmend.core.config import Config
 from kmend.core.errors import Unable
 from kmend.core.target import Release
-from kmend.kernel import debian
+from kmend.kernel import debian, prepared
 from kmend.kernel.debian import Apt, Package, together
 from kmend.kernel.work import Work
 
@@ -108,8 +108,8 @@ def test_near_releases_have_the_same_flavour_and_close_numbers(
 def test_the_running_kernels_own_version_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     uname = os.uname_result(("Linux", "host", RELEASE, "#1 SMP Debian 6.1.192-1 (2026-11-14)", "x86_64"))
     monkeypatch.setattr(os, "uname", lambda: uname)
-    assert debian.running_version(RELEASE) == "6.1.192-1"
-    assert debian.running_version("6.1.0-54-amd64") is None
+    assert prepared.running_version(RELEASE) == "6.1.192-1"
+    assert prepared.running_version("6.1.0-54-amd64") is None
 
 
 def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from kmend.core.errors import Failed, Refused, Unable, UsageError
 from kmend.core.progress import Silent
 from kmend.core.run import Children
 from kmend.core.target import Release, Target
-from kmend.kernel import prepare, store, work
+from kmend.kernel import prepare, prepared, store, work
 from kmend.kernel.work import Work
 
 RELEASE = Release("6.1.0-55-amd64")
@@ -122,7 +122,7 @@ def test_indexes_of_an_older_form_are_made_anew(config: Config, monkeypatch: pyt
     monkeypatch.setattr(store, "_index_image", lambda target, progress: made.append("image"))
     monkeypatch.setattr(store, "_index_source", lambda target, progress: made.append("source"))
     monkeypatch.setattr(store, "INDEXES", store.INDEXES + 1)
-    monkeypatch.setattr(store._read, "__kwdefaults__", {"indexes": store.INDEXES})
+    monkeypatch.setattr(prepared.read, "__kwdefaults__", {"indexes": store.INDEXES})
     assert store.list_targets(config) == ()
     assert store.fetch(config, RELEASE, Silent()) == target
     assert made == ["image", "source"]

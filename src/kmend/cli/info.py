@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Describe a module from its own bytes; its functions where its kernel is in the cache."""
     from kmend.elf.reader import read
-    from kmend.kernel import store
+    from kmend.kernel.prepared import open_target
     from kmend.module.describe import describe
     from kmend.module.layout import read_layout
     from kmend.pipeline import TargetView
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     elf = read(data, args.module)
     found = describe(elf, None, args.module)
     try:
-        target = store.open_target(context.config, Release(found.release))
+        target = open_target(context.config, Release(found.release))
         found = describe(elf, read_layout(TargetView(context.config, target).glue()), args.module)
     except KmendError:
         pass  # without the kernel's layout the rest can still be told

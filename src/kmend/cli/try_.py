@@ -74,7 +74,7 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Hold the trial and report it; 0 when it passed, 1 otherwise."""
     from kmend.core.errors import UsageError
-    from kmend.kernel.store import open_target
+    from kmend.kernel.prepared import open_target
     from kmend.lab.host import Settings
     from kmend.lab.kernel import LabKernel
     from kmend.lab.machine import Accel

@@ -18,7 +18,6 @@ file of the former is in the source too, and the tools of the latter are built f
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +28,8 @@ from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Unable
 from kmend.core.files import locked, write_atomically
 from kmend.core.target import Release
+from kmend.kernel.prepared import RELEASE
 from kmend.kernel.work import Work, disk_full
-
-#: A Debian kernel release: ``6.1.0-55-amd64``, ``6.12.117+deb12-cloud-amd64``.
-RELEASE = re.compile(r"^(?P<line>[0-9]+\.[0-9]+)[0-9A-Za-z.+~_-]*\Z")
 
 #: What apt says when it does not reach a server, as opposed to an answer that it does not like.
 _OFFLINE = re.compile(
@@ -314,16 +311,6 @@ def line_of(release: str) -> str:
             rule="unknown-release",
         )
     return match["line"]
-
-
-def running_version(release: str) -> str | None:
-    """The Debian version of the running kernel when it is ``release`` (it says so itself), else None.
-
-    Before Debian 12 several versions shared one release; the running one is then the one that is meant.
-    """
-    uname = os.uname()
-    match = re.search(r"\bDebian (\S+) \(", uname.version)
-    return match[1] if match and uname.release == release else None
 
 
 def images(packages: Iterable[Package], release: str) -> tuple[Package, ...]:

@@ -41,14 +41,35 @@ from kmend.core.target import Release, Target
 from kmend.kernel import debian, kallsyms, prepare, units
 from kmend.kernel import modules as modules_index
 from kmend.kernel.image import Banner, Bytes, extract_vmlinux, mapped, read_banner, read_build_id
+from kmend.kernel.prepared import (
+    CUSTOM,
+    INDEXES,
+    SCHEMA,
+    list_targets,
+    load_record,
+    name_of,
+    of_version,
+    open_target,
+    read,
+    ready,
+    record_of,
+    running_version,
+)
 from kmend.kernel.snapshot import Snapshot
 from kmend.kernel.unpack import decompress_modules, unpack_deb, unpack_source
 from kmend.kernel.work import Shared, Work, as_disk_full, disk_full, owned
 
-SCHEMA = 1
-#: Raised whenever the files of an index change their form: targets prepared before get new ones.
-INDEXES = 1
-CUSTOM = "@custom"
+__all__ = [
+    "custom",
+    "fetch",
+    "fetch_packaged",
+    "list_targets",
+    "name_of",
+    "open_target",
+    "record_of",
+    "size_on_disk",
+]
+
 #: Bytes that a target needs besides its packages: source 1.5 GB, vmlinux and indexes 0.2 GB (measured).
 SOURCE_ROOM = 1_750_000_000
 #: Files and folders of one source tree and one image, rounded up (83,000 + 5,000 for 6.1; 6.12 has more).
@@ -59,55 +80,9 @@ TRANSIENT = frozenset({"no-network", "download", "timeout", "stopped"})
 POLL = 0.2
 
 
-def open_target(config: Config, release: Release) -> Target:
-    """The prepared target of that name (``RELEASE``, or ``RELEASE@custom``). Takes a millisecond.
-
-    A custom target is found by its plain release too when no packaged one of that release is prepared.
-
-    Raises:
-        Unable: rule ``unknown-target``: no such target is prepared.
-    """
-    for key in (release, f"{release}{CUSTOM}"):
-        if found := _read(config, key):
-            return found
-    known = [
-        t.release if t.source_version != "custom" else f"{t.release}{CUSTOM}" for t in list_targets(config)
-    ]
-    raise Unable(
-        f"the kernel {release} is not prepared",
-        why=f"prepared: {', '.join(known)}" if known else f"no kernel is prepared in {config.targets}",
-        next_step=f"kmend kernel fetch {release}",
-        rule="unknown-target",
-    )
-
-
-def list_targets(config: Config) -> tuple[Target, ...]:
-    """All prepared targets, by name."""
-    try:
-        keys = sorted(path.name for path in config.targets.iterdir() if not path.name.startswith("."))
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise prepare.os_error(error) from error
-    return tuple(target for key in keys if (target := _read(config, key)))
-
-
-def name_of(target: Target) -> str:
-    """The name by which :func:`open_target` finds exactly this target."""
-    return target.folder.name
-
-
-def record_of(target: Target) -> dict[str, object]:
-    """The whole record of a target: also ``origin``, ``packages`` or ``inputs``, ``seconds``."""
-    document = _load(target.folder / "target.json")
-    return document if document is not None else {}
-
-
 def fetch(config: Config, release: Release, progress: Progress) -> Target:
     """As :func:`fetch_packaged`, but a custom target of that release serves when only it is prepared."""
-    if not _read(config, release) and (found := _read(config, f"{release}{CUSTOM}")):
-        return found
-    return fetch_packaged(config, release, progress)
+    return ready(config, release) or fetch_packaged(config, release, progress)
 
 
 def fetch_packaged(config: Config, release: Release, progress: Progress) -> Target:
@@ -121,17 +96,17 @@ def fetch_packaged(config: Config, release: Release, progress: Progress) -> Targ
         Failed: ``disk-full``, ``unwritable``, ``corrupt-package``, ``bad-package`` or a tool failed; no part
             that is not complete is left behind.
     """
-    running = debian.running_version(release)
-    if found := _prepared(config, release, running):
+    running = running_version(release)
+    if found := of_version(config, release, running):
         return found
-    older = _read(config, release, indexes=None)
+    older = read(config, release, indexes=None)
     if release.endswith(CUSTOM) and not older:
         return open_target(config, release)  # says that there is none
     debian.line_of(release)
     with _working(config, release, progress) as work:
-        if found := _prepared(config, release, running):
+        if found := of_version(config, release, running):
             return found
-        older = _read(config, release, indexes=None)
+        older = read(config, release, indexes=None)
         if older and (running in (None, older.source_version) or older.source_version == "custom"):
             return _index_anew(older, work.progress)
         prepare.need_tools()
@@ -504,7 +479,7 @@ def _stage(
 ) -> dict[str, str]:
     """Make a part unless its record says that it is complete and made of ``key``."""
     record = folder / f"{name}.json"
-    if (known := _load(record)) and known.get("schema") == SCHEMA and known.get("key") == key:
+    if (known := load_record(record)) and known.get("schema") == SCHEMA and known.get("key") == key:
         facts = known.get("facts")
         if isinstance(facts, dict):
             return facts
@@ -531,7 +506,7 @@ def _index_source(target: Target, progress: Progress) -> None:
 
 def _index_anew(target: Target, progress: Progress) -> Target:
     """Give a target that an older kmend prepared the indexes that this one reads."""
-    record = _load(target.folder / "target.json") or {}
+    record = load_record(target.folder / "target.json") or {}
     _index_image(target, progress)
     _index_source(target, progress)
     write_atomically(target.folder / "target.json", _json({**record, "indexes": INDEXES}))
@@ -698,45 +673,6 @@ def _working(config: Config, key: Release, progress: Progress) -> Iterator[Work]
         raise prepare.os_error(error) from error
 
 
-def _prepared(config: Config, release: Release, version: str | None) -> Target | None:
-    """The prepared target, unless it is of another version than the running kernel of the same name."""
-    found = _read(config, release)
-    if found and version and found.source_version not in (version, "custom"):
-        return None
-    return found
-
-
-def _read(config: Config, key: str, *, indexes: int | None = INDEXES) -> Target | None:
-    """The target in the folder ``key``; ``indexes`` None: whatever form its indexes have."""
-    if not debian.RELEASE.match(key.removesuffix(CUSTOM)):
-        return None
-    folder = config.targets / key
-    document = _load(folder / "target.json")
-    if document is None or document.get("schema") != SCHEMA:
-        return None
-    if indexes is not None and document.get("indexes") != indexes:
-        return None
-    text = {k: v for k, v in document.items() if isinstance(v, str)}
-    try:
-        paths = {k: folder / text[k] for k in ("source", "config", "symvers", "vmlinux")}
-        target = Target(
-            release=Release(text["release"]),
-            source_version=text["source_version"],
-            banner=text["banner"],
-            build_id=text["build_id"],
-            folder=folder,
-            vmlinuz=folder / text["vmlinuz"] if "vmlinuz" in text else None,
-            modules=folder / text["modules"] if "modules" in text else None,
-            compiler=text["compiler"],
-            **paths,
-        )
-    except KeyError:
-        return None
-    there = (target.source / ".config", target.config, target.symvers, target.vmlinux, target.vmlinuz,
-             target.modules)  # fmt: skip
-    return target if all(path is None or path.exists() for path in there) else None
-
-
 def _write(target: Target, **record: object) -> None:
     """Write ``target.json``: from here on the target exists. Relative paths let a cache be moved."""
     names = ("source", "config", "symvers", "vmlinux", "vmlinuz", "modules")
@@ -764,14 +700,6 @@ def size_on_disk(folder: Path) -> int | None:
         return None
     first = result.text.split("\t", 1)[0]
     return int(first) if first.isdigit() else None
-
-
-def _load(path: Path) -> dict[str, object] | None:
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
 
 
 def _json(document: object) -> bytes:
