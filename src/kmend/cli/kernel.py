@@ -61,7 +61,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
     match args.action:
         case "fetch":
+            from kmend.pipeline import TargetView
+
             target = fetch(args, context)
+            TargetView(context.config, target).glue()  # else the first build would have to compile it
             document = describe(target)
             context.emit({"schema": 1, "result": "ready", "target": document})
             if not context.json:
