@@ -99,12 +99,12 @@ class TargetView:
         self.exports = symvers.load(target.symvers)
         self.vmlinux = VmlinuxBinary(self.image, self.symbols)
 
-    def glue(self, *, forget: bool = False) -> ElfFile:
-        """``glue.c`` compiled for this target; made once."""
+    def glue(self, *, forget: bool = False, own_init: bool = False) -> ElfFile:
+        """``glue.c`` compiled for this target; made once. As :func:`kmend.module.layout.glue_source`."""
         from kmend.elf.reader import read
         from kmend.module.layout import glue_source
 
-        source = glue_source(forget=forget)
+        source = glue_source(forget=forget, own_init=own_init)
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         path = self.target.folder / f"glue-{digest}.o"
         if not path.exists():
@@ -280,11 +280,12 @@ def build(request: BuildRequest, config: Config, progress: Progress) -> BuildRep
     timings.seconds.setdefault("total", 0.0)
     report = replace(report, timings=dict(timings.seconds))
     if report.result is Outcome.BUILT and report.module:
-        _write_report(report)
+        write_report(report)
     return report
 
 
-def _write_report(report: BuildReport) -> None:
+def write_report(report: BuildReport) -> None:
+    """Write ``NAME.json`` beside the module; without it the module goes as well."""
     from kmend.report.build import to_document
 
     module = Path(report.module or "")
@@ -323,8 +324,6 @@ class _Build:
         self.progress, self.timings = progress, timings
         self.warnings: list[Refusal] = []
         self.refusals: list[Refusal] = []
-        #: units that may include a changed header, and those whose text it changes
-        self.considered = (0, 0)
 
     def run(self) -> BuildReport:
         measure = self.timings.measure
@@ -455,7 +454,9 @@ class _Build:
             check=lambda unit, deps: self._only_patched(unit, tree, files, deps),
             patched_flags=include_flags(),
         )
-        self.considered = (len(reached.candidates), len(differing))
+        self.progress.step(
+            f"{len(differing)} of {len(compiled)} units that may include a changed header see another text"
+        )
         refusals = [
             Refusal(
                 "library-member",

@@ -44,6 +44,7 @@ class Verb:
 
 VERBS = (
     Verb("build", "kmend.cli.build", "turn patch files into a livepatch module for an exact kernel"),
+    Verb("module", "kmend.cli.module", "turn hand-written replacement functions into a livepatch module"),
     Verb("diff", "kmend.cli.diff", "compare two object files: changed, new and removed functions, data"),
     Verb("check", "kmend.cli.check", "hold a livepatch module against every rule; changes nothing"),
     Verb("try", "kmend.cli.try_", "boot the kernel in a virtual machine and load the module there"),

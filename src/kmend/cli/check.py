@@ -41,10 +41,16 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 {"rule": r.rule, "what": r.what, "why": r.why, "next_step": r.next_step}
                 for r in checked.refusals
             ],
+            "warnings": [
+                {"rule": r.rule, "what": r.what, "why": r.why, "next_step": r.next_step}
+                for r in checked.warnings
+            ],
         }
     )
     for row in checked.refusals:
         context.say(f"refused  {row.rule}: {row.what}\n  why:  {row.why}\n  next: {row.next_step}")
+    for row in checked.warnings:
+        context.say(f"warning  {row.rule}: {row.what}\n  why:  {row.why}\n  next: {row.next_step}")
     looked = ", ".join(f"{number} {what}" for what, number in checked.checked.items())
     context.say(f"{args.module} for {target.release}: {len(checked.refusals)} objections ({looked})")
     return 1 if checked.refusals else 0

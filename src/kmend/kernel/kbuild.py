@@ -25,7 +25,15 @@ from kmend.kernel import generated, kbuild_env
 from kmend.kernel.kbuild_env import KbuildEnvironment
 from kmend.kernel.units import UnitMap, build_unit_index, unit_map
 
-__all__ = ["CompileCommand", "UnitMap", "build_unit_index", "commands", "module_command", "unit_map"]
+__all__ = [
+    "CompileCommand",
+    "UnitMap",
+    "build_unit_index",
+    "commands",
+    "module_command",
+    "module_commands",
+    "unit_map",
+]
 
 _CACHE = "commands"
 _FORMAT = 1
@@ -171,15 +179,30 @@ def module_command(target: Target, folder: Path, name: str) -> CompileCommand:
     Raises:
         Failed: (rule ``kbuild``) make failed.
     """
+    return module_commands(target, folder, [name])[name]
+
+
+def module_commands(target: Target, folder: Path, stems: Sequence[str]) -> dict[str, CompileCommand]:
+    """The commands for ``folder/STEM.c`` of each stem, all parts of one module outside of the tree.
+
+    As :func:`module_command`; with several sources ``Kbuild`` says ``NAME-y := STEM.o …`` as well.
+
+    Raises:
+        Failed: (rule ``kbuild``) make failed.
+    """
     kbuild = kbuild_env.load(target)
-    obj = f"{folder}/{name}.o"
+    objects = {f"{folder}/{stem}.o": stem for stem in stems}
     result = kbuild_env.directory_make(
-        target, kbuild, str(folder), [f"KBUILD_EXTMOD={folder}", _PRINT_RULE, obj]
+        target, kbuild, str(folder), [f"KBUILD_EXTMOD={folder}", _PRINT_RULE, *objects]
     )
-    for answer in _answers(result.text):
-        if answer["object"] == obj:
-            return _command(target, kbuild, answer)
-    raise kbuild_env.kbuild_failed(target, result)
+    found = {
+        objects[answer["object"]]: _command(target, kbuild, answer)
+        for answer in _answers(result.text)
+        if answer["object"] in objects
+    }
+    if len(found) != len(objects):
+        raise kbuild_env.kbuild_failed(target, result)
+    return found
 
 
 def _stamp(target: Target) -> str:

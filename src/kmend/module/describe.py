@@ -1,8 +1,7 @@
 """Reading a livepatch module back: what it says of itself and what it would patch.
 
 Works for any module built with the kernel's static descriptors, not only for kmend's:
-``struct klp_patch`` is found by the relocations of its ``objs`` arrays when the symbol
-``kmend_patch`` is absent.
+``struct klp_patch`` is found by its size and relocations when the symbol ``kmend_patch`` is absent.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 
 from kmend.core.errors import UsageError
 from kmend.core.target import VMLINUX
-from kmend.elf.model import ET_REL, SHN_LIVEPATCH, STT_SECTION, ElfFile, Reloc, Section, Symbol
+from kmend.diff.declared import CallbackKind
+from kmend.elf.model import ET_REL, SHN_LIVEPATCH, STT_OBJECT, STT_SECTION, ElfFile, Reloc, Section, Symbol
 from kmend.module.layout import Layout, modinfo
 
 #: ``.klp.sym.OBJECT.NAME,SYMPOS`` (kernel/livepatch/core.c, klp_resolve_symbols).
@@ -34,8 +34,11 @@ class FuncRow:
 
 @dataclass(frozen=True, slots=True)
 class ObjectFuncs:
+    """A ``struct klp_object``: ``callbacks`` are the kinds that it has, each with the function's name."""
+
     name: str
     funcs: tuple[FuncRow, ...]
+    callbacks: tuple[tuple[CallbackKind, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def describe(elf: ElfFile, layout: Layout | None, name: str = "the module") -> D
             next_step="name a .ko file that `kmend build` made",
             rule="not-a-livepatch",
         )
-    replace, objects = _descriptors(elf, layout) if layout is not None else (None, None)
+    replace, objects = descriptors(elf, layout) if layout is not None else (None, None)
     return Description(values.get("name", ""), values.get("vermagic", ""), info, replace, objects, _note(elf))
 
 
@@ -119,9 +122,36 @@ class _Memory:
         return data.data[at : data.data.find(b"\0", at)].decode(errors="replace")
 
 
-def _descriptors(elf: ElfFile, lay: Layout) -> tuple[bool | None, tuple[ObjectFuncs, ...] | None]:
+def _patch_symbol(elf: ElfFile, lay: Layout, memory: _Memory) -> Symbol | None:
+    """Our ``struct klp_patch``; in a module that somebody else made, the one variable that can be one:
+    of its size, with ``__this_module`` in ``mod`` and something of the module in ``objs``.
+    """
+    found = []
+    for symbol in elf.symbols:
+        if not symbol.defined or symbol.type != STT_OBJECT:
+            continue
+        if symbol.name == PATCH_SYMBOL:
+            return symbol
+        mod = memory.relocs.get((symbol.section, symbol.value + lay.patch_mod))
+        objs = memory.relocs.get((symbol.section, symbol.value + lay.patch_objs))
+        if (
+            symbol.size == lay.patch_size
+            and mod is not None
+            and objs is not None
+            and elf.symbols[mod.symbol].name == "__this_module"
+            and elf.symbols[objs.symbol].defined
+        ):
+            found.append(symbol)
+    return found[0] if len(found) == 1 else None
+
+
+def descriptors(elf: ElfFile, lay: Layout) -> tuple[bool | None, tuple[ObjectFuncs, ...] | None]:
+    """``replace`` and the objects of the module's (or object file's) one ``struct klp_patch``.
+
+    (None, None) where there is none, or several, or where code fills it in at run time.
+    """
     memory = _Memory(elf)
-    patch = next((s for s in elf.symbols if s.name == PATCH_SYMBOL and s.defined), None)
+    patch = _patch_symbol(elf, lay, memory)
     if patch is None:
         return None, None
     section = elf.sections[patch.section]
@@ -146,7 +176,12 @@ def _descriptors(elf: ElfFile, lay: Layout) -> tuple[bool | None, tuple[ObjectFu
                 )
             )
             where += lay.func_size
-        objects.append(ObjectFuncs(name, tuple(found)))
+        called = []
+        for kind in CallbackKind:
+            callback = memory.pointer(table, at + lay.callback(kind))
+            if callback is not None:
+                called.append((kind, _symbol_name(elf, callback)))
+        objects.append(ObjectFuncs(name, tuple(found), tuple(called)))
         at += lay.object_size
     return replace, tuple(objects)
 

@@ -6,12 +6,13 @@ assembler is found here. Each refusal names the rule and the kernel code that wo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
-from kmend.core.errors import Refusal
+from kmend.core.errors import Refusal, UsageError
 from kmend.core.target import VMLINUX
-from kmend.diff.special import ORC_IP
+from kmend.diff.special import ORC, ORC_IP
 from kmend.diff.unit import UnitObject
 from kmend.elf.model import (
     SHF_ALLOC,
@@ -25,7 +26,7 @@ from kmend.elf.model import (
 )
 from kmend.elf.x86_64 import ROWS
 from kmend.module.describe import KLP_RELA, KLP_SYMBOL, Description, describe
-from kmend.module.layout import Layout
+from kmend.module.layout import Layout, modinfo
 from kmend.verify.symbols import (
     ExportTable,
     KernelSymbols,
@@ -67,11 +68,15 @@ class TargetFacts:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The outcome: what the module is, every objection, and how many things were looked at."""
+    """The outcome: what the module is, every objection, and how many things were looked at.
+
+    ``warnings`` name what could not be looked at.
+    """
 
     description: Description
     refusals: tuple[Refusal, ...]
     checked: dict[str, int]
+    warnings: tuple[Refusal, ...] = ()
 
 
 def check(elf: ElfFile, facts: TargetFacts, name: str = "the module") -> Checked:
@@ -82,13 +87,29 @@ def check(elf: ElfFile, facts: TargetFacts, name: str = "the module") -> Checked
     """
     description = describe(elf, facts.layout, name)
     checker = _Checker(elf, facts, description)
-    return Checked(description, tuple(checker.run()), checker.counts)
+    return Checked(description, tuple(checker.run()), checker.counts, tuple(checker.warnings))
+
+
+def check_ordinary(elf: ElfFile, facts: TargetFacts, name: str = "the module") -> Checked:
+    """Hold a module that is no livepatch against a target: what is asked of every module.
+
+    Raises:
+        UsageError: it is no module.
+    """
+    info = tuple(modinfo(elf))
+    values = dict(info)
+    if elf.section(".gnu.linkonce.this_module") is None:
+        raise UsageError(f"{name} is no kernel module", rule="not-a-module")
+    description = Description(values.get("name", ""), values.get("vermagic", ""), info, None, None, None)
+    checker = _Checker(elf, facts, description)
+    return Checked(description, tuple(checker.run()), checker.counts, tuple(checker.warnings))
 
 
 class _Checker:
     def __init__(self, elf: ElfFile, facts: TargetFacts, description: Description) -> None:
         self.elf, self.facts, self.description = elf, facts, description
         self.counts: dict[str, int] = {}
+        self.warnings: list[Refusal] = []
 
     def _count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
@@ -288,6 +309,16 @@ class _Checker:
         own = {s.name for s in self.elf.symbols if s.type == STT_FUNC and s.defined}
         for obj in objects:
             seen: set[int] = set()
+            if obj.name != VMLINUX and self.facts.module(obj.name) is None:
+                self.warnings.append(
+                    Refusal(
+                        "unknown-object",
+                        obj.name,
+                        "the target has no such module: whether that has what is replaced cannot be told",
+                        "if it is no module of the kernel's own, try the patch together with it",
+                    )
+                )
+                continue
             for func in obj.funcs:
                 self._count("functions")
                 place, why = self._at_sympos(obj.name, func.old_name, func.sympos)
@@ -315,27 +346,35 @@ class _Checker:
                     )
 
     def _unwind(self) -> Iterator[Refusal]:
-        """Every function needs ORC data, else its tasks' stacks are unreliable and no transition ends."""
-        covered: dict[int, list[int]] = {}
+        """Every function needs ORC data, else its tasks' stacks are unreliable and no transition ends.
+
+        What counts is the last entry at or before the function (arch/x86/kernel/unwind_orc.c, orc_find):
+        objtool leaves out an entry that says the same as the one before. Zeros mark the end of code.
+        """
+        orc = self.elf.section(ORC)
+        places: dict[int, list[tuple[int, bool]]] = {}
         for section in self.elf.sections:
-            if section.name == ORC_IP:
-                for reloc in section.relocs:
-                    symbol = self.elf.symbols[reloc.symbol]
-                    covered.setdefault(symbol.section, []).append(symbol.value + reloc.addend)
-        ends = {(s.section, s.value + s.size) for s in self.elf.symbols if s.type == STT_FUNC and s.defined}
+            if section.name != ORC_IP or orc is None or not section.relocs:
+                continue
+            size = orc.size // (section.size // 4)
+            for reloc in section.relocs:
+                symbol = self.elf.symbols[reloc.symbol]
+                entry = orc.data[reloc.offset // 4 * size :][:size]
+                row = (symbol.value + reloc.addend, any(entry))
+                places.setdefault(symbol.section, []).append(row)
+        for rows in places.values():
+            rows.sort()
         for symbol in self.elf.symbols:
             if symbol.type != STT_FUNC or not symbol.defined or symbol.size == 0:
                 continue
             self._count("unwind")
-            places = covered.get(symbol.section, ())
-            # With padding in front of functions the entry begins with the padding; what ends there is the
-            # function before, and the entry the mark of its end.
-            padded = symbol.value - PADDING_BYTES
-            if symbol.value not in places and not (padded in places and (symbol.section, padded) not in ends):
+            rows = places.get(symbol.section, [])
+            at = bisect_right(rows, (symbol.value, True)) - 1
+            if at < 0 or not rows[at][1]:
                 yield Refusal(
                     "no-unwind-data",
                     symbol.name,
-                    "no ORC entry begins with it: the kernel could not read the stacks of tasks inside it",
+                    "no ORC entry is about it: the kernel could not read the stacks of tasks inside it",
                     "report the module",
                 )
 

@@ -1,0 +1,124 @@
+"""``kmend module``: replacement functions written by hand to a livepatch module; or a beginning of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from kmend.cli.context import Context
+from kmend.core.errors import UsageError
+from kmend.core.report import Outcome
+from kmend.core.target import Release
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``module``."""
+    parser.add_argument(
+        "path",
+        nargs="?",
+        metavar="DIR-or-TOML",
+        help="a folder with C files and kmend.toml, such a file, or a C file with its own module_init",
+    )
+    parser.add_argument(
+        "--kernel", metavar="RELEASE", help="the kernel to build for (default: the running one)"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", default=".", help="where NAME.ko and NAME.json go")
+    parser.add_argument("-n", "--name", help="the module's name (default: from kmend.toml, or the folder's)")
+    parser.add_argument("--sign-key", metavar="FILE", help="private key (PEM or PKCS#11 URI) to sign with")
+    parser.add_argument("--sign-cert", metavar="FILE", help="its X.509 certificate")
+    new = parser.add_argument_group("a beginning")
+    new.add_argument("--new", metavar="NAME", help="make a folder NAME to begin with, instead of building")
+    new.add_argument(
+        "--func", metavar="FUNCTION", action="append", help="a function to be replaced (repeatable)"
+    )
+    new.add_argument("--object", metavar="MODULE", default="vmlinux", help="where it is (default: vmlinux)")
+    new.add_argument("--source", metavar="FILE", help="the source file, where several define the function")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Build, or write a beginning; exit status 0 when done, 1 for refused and failed."""
+    if args.new is not None:
+        return _new(args, context)
+    from kmend.handmade import ModuleRequest, build_module
+    from kmend.report.build import to_document, to_text
+
+    if args.path is None or args.func or args.source:
+        raise UsageError(
+            "kmend module needs a folder, or --new NAME --func FUNCTION",
+            why="--func and --source belong to --new" if args.path else "nothing says what to build",
+            next_step="see `kmend module --help`",
+            rule="usage",
+        )
+    if bool(args.sign_key) != bool(args.sign_cert):
+        raise UsageError(
+            "--sign-key and --sign-cert belong together",
+            why="the kernel looks for the certificate's key id in a signature",
+            next_step="give both",
+            rule="usage",
+        )
+    request = ModuleRequest(
+        path=Path(args.path),
+        release=Release(args.kernel or os.uname().release),
+        output=_output(args),
+        name=args.name,
+        sign_key=args.sign_key,
+        sign_cert=Path(args.sign_cert) if args.sign_cert else None,
+    )
+    report = build_module(request, context.config, context.progress)
+    context.emit(to_document(report))
+    context.say(to_text(report))
+    return 0 if report.result is Outcome.BUILT else 1
+
+
+def _output(args: argparse.Namespace) -> Path:
+    output = Path(args.output)
+    if not output.is_dir() or not os.access(output, os.W_OK):
+        raise UsageError(
+            f"{output} is no folder that can be written",
+            why="the module and its report go there",
+            next_step="make it, or name another one with -o",
+            rule="unwritable",
+        )
+    return output
+
+
+def _new(args: argparse.Namespace, context: Context) -> int:
+    from kmend.scaffold import Beginning, begin
+
+    if args.path is not None or not args.func:
+        raise UsageError(
+            "--new wants at least one --func, and no folder to build",
+            why="it writes a new folder with the text of those functions",
+            next_step="kmend module --new my_fix --func vfs_read",
+            rule="usage",
+        )
+    made = begin(
+        Beginning(
+            name=args.new,
+            functions=tuple(args.func),
+            obj=args.object,
+            release=Release(args.kernel or os.uname().release),
+            output=_output(args),
+            source=args.source,
+        ),
+        context.config,
+        context.progress,
+    )
+    context.emit(
+        {
+            "schema": 1,
+            "folder": str(made.folder),
+            "files": list(made.files),
+            "functions": [{"name": name, "source": source} for name, source in made.functions],
+            "notes": list(made.notes),
+        }
+    )
+    lines = [f"{made.folder}: {', '.join(made.files)}"]
+    lines += [f"  {name} from {source}" for name, source in made.functions]
+    lines += [f"  note: {note}" for note in made.notes]
+    lines.append(
+        f"change the text, then: kmend module {made.folder} --kernel {args.kernel or os.uname().release}"
+    )
+    context.say("\n".join(lines))
+    return 0
