@@ -278,3 +278,13 @@ def test_truncated_objects_are_refused(tmp_path: Path, cut: int) -> None:
     with pytest.raises(UsageError) as caught:
         UnitObject.parse(data[:cut], "cut.o")
     assert caught.value.rule == "bad-elf"
+
+
+def test_descriptors_of_dynamic_debug_are_never_ambiguous(pair: Pair) -> None:
+    """The module brings its own, whichever of the kernel's they stand for."""
+    debug = '{ static int x __attribute__((section("__dyndbg"))) = 1; outside(x); }'
+    old = f"int f(int x) {{ {debug} {debug} return x; }}"
+    new = f"int f(int x) {{ {debug} {debug} {debug} return outside(x); }}"
+    _, selection = pair(old.replace("x __attr", "ddebug __attr"), new.replace("x __attr", "ddebug __attr"))
+    assert changed(selection) == {"f"}
+    assert not selection.refusals
