@@ -5,7 +5,7 @@ run here by themselves, both at once (as on two processors) and one after the ot
 timed from outside, in a fresh process, Python's start included. Limit: 1.5 times the compiler runs.
 
 Rows of kmend:
-  first    nothing is known of the unit: kbuild is asked for its command, kmend's glue is compiled too
+  first    nothing is known of the unit: kbuild is asked for its command
   cold     no compiled original in the cache: both compiler runs are needed
   warm     the original comes from the cache, one compiler run is needed
 """
@@ -13,10 +13,11 @@ Rows of kmend:
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -24,19 +25,19 @@ from time import perf_counter
 from kmend.core.config import Config
 from kmend.core.run import environment
 from kmend.core.target import Target
-from kmend.kernel import compile as compiling
-from kmend.kernel import kbuild, overlay, store
+from kmend.kernel import overlay, store
 from kmend.patch.apply import apply
 from kmend.patch.intake import parse
 from kmend.patch.lines import with_line_control
-from kmend.patch.reach import reach
 from measure import (
     CMDLINE,
+    ENVIRONMENT,
     EXT4,
     RUNS,
     Example,
     Run,
     cache_beside,
+    command,
     forget,
     kmend,
     middle,
@@ -78,18 +79,34 @@ def _finish(child: subprocess.Popen[bytes]) -> None:
         sys.exit(f"the compiler ended with status {child.returncode}")
 
 
-def compiler_runs(target: Target, example: Example, scratch: Path) -> Compiler:
-    """What kmend runs for the example's unit: in the target's tree, and in an overlay with the patch."""
+def compiler_runs(target: Target, example: Example, cache: Path, scratch: Path) -> Compiler:
+    """The two commands, as kmend itself says them with ``--debug``, with another output.
+
+    The overlay that the patched one ran in is gone: one like it takes its place.
+    """
+    words = command(
+        "build", example.patch, "--kernel", example.release, "-o", scratch, "--debug", cache=cache
+    )
+    said = subprocess.run(words, capture_output=True, text=True, check=True, env=ENVIRONMENT).stderr
     patchset = parse([(example.patch.name, example.patch.read_bytes())])
     applied = apply(patchset, overlay.tree_reader(target.source))
     files = {
         file.path: with_line_control(file.new, file.origins) for file in applied.files if file.new is not None
     }
-    (unit,) = reach(applied, kbuild.unit_map(target)).units
-    found = kbuild.commands(target, [unit])[unit]
-    tree = overlay.make_overlay(target.source, files, scratch / "tree", also=[found.source])
-    argv = (*compiling.compiler_arguments(found), "-MD", "-MT", "o", "-c", found.source)
-    return Compiler(((tree, argv), (target.source, argv)))
+    tree = overlay.make_overlay(target.source, files, scratch / "tree", also=files)
+    runs = []
+    for line in said.splitlines():
+        place, mark, rest = line.partition(" && ")
+        argv = shlex.split(rest)
+        if mark and "-c" in argv and "-o" in argv:
+            for flag in ("-o", "-MF"):
+                at = argv.index(flag)
+                del argv[at : at + 2]
+            patched = Path(shlex.split(place.partition(" cd ")[2])[0]).name == "tree"
+            runs.append((tree if patched else target.source, tuple(argv)))
+    if len(runs) != 2 or len({place for place, _ in runs}) != 2:
+        sys.exit(f"{len(runs)} compiler runs were seen in place of two")
+    return Compiler(tuple(runs))
 
 
 def measure(config: Config, example: Example) -> tuple[list[list[str]], list[str]]:
@@ -98,8 +115,9 @@ def measure(config: Config, example: Example) -> tuple[list[list[str]], list[str
         scratch = Path(name)
         words = ("build", example.patch, "--kernel", example.release, "-o", name)
         first = kmend(*words, cache=cache)
-        own = store.open_target(settings_for(config, cache), example.release)
-        compiler = compiler_runs(own, example, scratch)
+        forget(cache / "objects")
+        own = store.open_target(replace(config, cache=cache), example.release)
+        compiler = compiler_runs(own, example, cache, scratch)
         together, apart, cold, warm = [], [], [], []
         for _ in range(RUNS):  # in turns, so that other work on the machine meets all of them alike
             together.append(compiler.at_once(scratch))
@@ -120,11 +138,6 @@ def measure(config: Config, example: Example) -> tuple[list[list[str]], list[str
             ]
         )
     return rows, [f"{example.name}, cold: {_stages(cold)}", f"{example.name}, warm: {_stages(warm)}"]
-
-
-def settings_for(config: Config, cache: Path) -> Config:
-    """The settings with another cache."""
-    return Config(cache, config.state, config.jobs, config.mirror, config.keyring)
 
 
 def _stages(runs: Sequence[Run]) -> str:

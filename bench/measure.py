@@ -32,6 +32,8 @@ RUNS = 5
 #: How often the processes are looked at, in seconds. Peaks are the kernel's own (VmHWM), so that nothing is
 #: missed between two looks but the end of a process.
 EVERY = 0.01
+#: As a user has it: Python keeps its byte code, so that only the first start compiles kmend's modules.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def kmend(*words: str | os.PathLike[str], cache: Path) -> Run:
     """Run a verb in a fresh process, with ``--json``; a failure ends the benchmark."""
     argv = command(*words, "--json", "--quiet", cache=cache)
     start = perf_counter()
-    done = subprocess.run(argv, capture_output=True, check=False)
+    done = subprocess.run(argv, capture_output=True, check=False, env=ENVIRONMENT)
     seconds = perf_counter() - start
     if done.returncode != 0:
         sys.exit(f"{' '.join(argv)} ended with status {done.returncode}:\n{done.stderr.decode()}")
@@ -100,7 +102,7 @@ def cache_beside(config: Config, *releases: Release) -> Iterator[Path]:
             folder = cache / "targets" / release
             folder.mkdir(parents=True)
             for entry in target.folder.iterdir():
-                if entry.name != "commands" and not entry.name.startswith("glue-"):
+                if entry.name != "commands":
                     (folder / entry.name).symlink_to(entry)
         yield cache
 
@@ -145,7 +147,9 @@ def watch(*words: str | os.PathLike[str], cache: Path, statuses: Sequence[int] =
     seen = Watched(steps=[Step("start")])
     start = began = perf_counter()
     said: list[str] = []
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as child:
         assert child.stderr is not None
         over = threading.Event()
         reader = threading.Thread(target=_follow, args=(child.stderr, said))
