@@ -282,9 +282,12 @@ def test_truncated_objects_are_refused(tmp_path: Path, cut: int) -> None:
 
 def test_descriptors_of_dynamic_debug_are_never_ambiguous(pair: Pair) -> None:
     """The module brings its own, whichever of the kernel's they stand for."""
-    debug = '{ static int x __attribute__((section("__dyndbg"))) = 1; outside(x); }'
-    old = f"int f(int x) {{ {debug} {debug} return x; }}"
-    new = f"int f(int x) {{ {debug} {debug} {debug} return outside(x); }}"
-    _, selection = pair(old.replace("x __attr", "ddebug __attr"), new.replace("x __attr", "ddebug __attr"))
+    head = "extern void look(int *);\n"
+    debug = '{ static int ddebug __attribute__((section("__dyndbg"))) = 1; look(&ddebug); }'
+    old = f"{head}int f(int x) {{ {debug} {debug} return x; }}"
+    new = f"{head}int f(int x) {{ {debug} {debug} {debug} return outside(x); }}"
+    diff, selection = pair(old, new)
     assert changed(selection) == {"f"}
+    assert diff.twins.ambiguous
     assert not selection.refusals
+    assert len([key for key in selection.included if key.startswith("ddebug")]) == 3

@@ -540,6 +540,7 @@ class _Selector:
             part.kind is PartKind.DATA
             and part.key in self.diff.twins.ambiguous
             and base_name(part.name) not in _FRESH
+            and not self.linker.copied(part)
         ):
             self.refuse(
                 "static-local-ambiguous",
