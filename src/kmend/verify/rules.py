@@ -356,7 +356,7 @@ class _Checker:
         for section in self.elf.sections:
             if section.name != ORC_IP or orc is None or not section.relocs:
                 continue
-            size = orc.size // (section.size // 4)
+            size = orc.size // max(1, section.size // 4)
             for reloc in section.relocs:
                 symbol = self.elf.symbols[reloc.symbol]
                 entry = orc.data[reloc.offset // 4 * size :][:size]
