@@ -126,9 +126,11 @@ class Step:
 
 @dataclass
 class Watched:
-    """A run that was watched: steps in order, and the largest process of each program among its children."""
+    """A run that was watched: its wall ``seconds``, the ``lines`` that it said and when (seconds from its
+    start), its ``steps`` in order, and the largest process (MB) of each program among its ``children``."""
 
     seconds: float = 0.0
+    lines: list[tuple[float, str]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     children: dict[str, float] = field(default_factory=dict)
 
@@ -136,6 +138,13 @@ class Watched:
     def peak(self) -> float:
         """kmend's own peak in MB."""
         return max((step.peak for step in self.steps), default=0.0)
+
+    def said(self, words: str) -> tuple[float, str]:
+        """The first line with ``words`` in it, and when it came; ends the benchmark when there is none."""
+        for when, line in self.lines:
+            if words in line:
+                return when, line
+        sys.exit(f"kmend did not say {words!r}")
 
 
 def watch(*words: str | os.PathLike[str], cache: Path, statuses: Sequence[int] = (0,)) -> Watched:
@@ -146,23 +155,23 @@ def watch(*words: str | os.PathLike[str], cache: Path, statuses: Sequence[int] =
     argv = command(*words, cache=cache)
     seen = Watched(steps=[Step("start")])
     start = began = perf_counter()
-    said: list[str] = []
     with subprocess.Popen(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as child:
         assert child.stderr is not None
         over = threading.Event()
-        reader = threading.Thread(target=_follow, args=(child.stderr, said))
+        reader = threading.Thread(target=_follow, args=(child.stderr, start, seen.lines))
         looker = threading.Thread(target=_look, args=(child.pid, seen.children, over))
         reader.start()
         looker.start()
         heard = 0
         while child.poll() is None:
-            while heard < len(said):
-                line, heard = said[heard], heard + 1
+            while heard < len(seen.lines):
+                (when, line), heard = seen.lines[heard], heard + 1
                 if line.startswith("kmend: ") and line.endswith("…"):
-                    now = perf_counter()
-                    seen.steps[-1].seconds, began = now - began, now
+                    when += start
+                    seen.steps[-1].seconds += when - began
+                    began = when
                     seen.steps.append(Step(line.removeprefix("kmend: ").removesuffix("…")))
                     _reset(child.pid)
             seen.steps[-1].peak = max(seen.steps[-1].peak, peak(child.pid))
@@ -170,16 +179,20 @@ def watch(*words: str | os.PathLike[str], cache: Path, statuses: Sequence[int] =
         over.set()
         reader.join()
         looker.join()
-    seen.seconds = perf_counter() - start
-    seen.steps[-1].seconds = perf_counter() - began
+    end = perf_counter()
+    seen.seconds = end - start
+    seen.steps[-1].seconds += end - began
     if child.returncode not in statuses:
-        sys.exit(f"{' '.join(argv)} ended with status {child.returncode}:\n" + "\n".join(said[-8:]))
+        sys.exit(
+            f"{' '.join(argv)} ended with status {child.returncode}:\n"
+            + "\n".join(text for _, text in seen.lines[-8:])
+        )
     return seen
 
 
-def _follow(stream: IO[str], into: list[str]) -> None:
+def _follow(stream: IO[str], start: float, into: list[tuple[float, str]]) -> None:
     for line in stream:
-        into.append(line.rstrip("\n"))
+        into.append((perf_counter() - start, line.rstrip("\n")))
 
 
 def _look(pid: int, into: dict[str, float], over: threading.Event) -> None:
