@@ -79,7 +79,12 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
     "kernel/signal.c": [(SIGNAL, "\tatomic_inc(&kinds_sent);\n" + SIGNAL)],
     "fs/ext4/fsync.c": [
         (SYNC, "extern int ext4_kinds_helper(int x);\n\n" + SYNC),
-        (ENTER, ENTER + '\n\tpr_info("kinds: ext4 %d\\n", ext4_kinds_helper(datasync));'),
+        (
+            ENTER,
+            ENTER
+            + "\n\tif (datasync)\n\t\tschedule_timeout_uninterruptible(8 * HZ);"
+            + '\n\tpr_info("kinds: ext4 %d\\n", ext4_kinds_helper(datasync));',
+        ),
     ],
     "fs/ext4/ext4_jbd2.c": [
         (STOP, "int ext4_kinds_helper(int x);\n" + HELPER + STOP),
@@ -244,3 +249,27 @@ def test_it_can_be_taken_back_and_the_log_is_clean(guest: Guest) -> None:
     assert [r.headline for r in reports(log) if "kinds_probe" not in r.headline] == []
     bad = ("x86/modules: ", "refusing to load", "jump_label:", "Failed to fixup", "static_call:")
     assert not [m.text for m in log if any(word in m.text for word in bad)]
+
+
+def test_a_task_asleep_in_replaced_code_survives_a_forced_end(
+    kernel_55: LabKernel, config: Config, built: BuildReport
+) -> None:
+    """It wakes up in the middle of ``ext4_sync_file()`` and goes on to call what only relocations reach."""
+    with Guest.of(kernel_55, config.lab) as guest:
+        guest.put("/root/kinds.ko", Path(built.module or "").read_bytes())
+        guest.run("insmod /root/kinds.ko; modprobe loop; modprobe ext4", check=True)
+        state = "/sys/kernel/livepatch/kmend_kinds"
+        eventually(lambda: guest.run(f"cat {state}/transition").text == "0")
+        guest.run(
+            "dd if=/dev/zero of=/root/img bs=1M count=32; mkfs.ext4 -q /root/img; mkdir -p /root/m;"
+            " mount -o loop /root/img /root/m; echo hi > /root/m/f",
+            check=True,
+        )
+        guest.run("(sync -d /root/m/f; echo $? > /root/done) >/dev/null 2>&1 &", check=True)
+        time.sleep(1)
+        guest.run(f"echo 0 > {state}/enabled && sleep 1 && echo 1 > {state}/force", check=True)
+        eventually(lambda: guest.run(f"[ -e {state} ]").status != 0)
+        assert guest.run("[ -e /root/done ]").status != 0, "the task has to be asleep until here"
+        eventually(lambda: guest.run("cat /root/done").text == "0")
+        assert reports(guest.dmesg()) == ()
+        assert "kinds: ext4 42" in {line[line.index("kinds") :] for line in said(guest)}

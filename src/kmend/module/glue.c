@@ -46,7 +46,10 @@ module_exit(kmend_exit);
  * relocate fields that are not zero, and with them the module: it could not be loaded
  * again while the patch is. (0c05e7bd2d01 "livepatch,x86: Clear relocation targets on a
  * module removal" mended it.) So this post-unpatch callback of every such object puts
- * zeros there. Nothing runs the code then: the object's functions are unpatched.
+ * zeros there, when the module goes (or its load fails) and nothing runs the code.
+ *
+ * Not when the patch is disabled: the callback is called then too, with the module alive,
+ * and after a forced transition a task may still be asleep in our code and go on.
  *
  * The tables are written by src/kmend/module/output.py.
  */
@@ -73,6 +76,8 @@ void kmend_forget(struct klp_object *obj)
 	for (after = kmend_afters; after->callback; after++)
 		if (!strcmp(after->object, obj->name))
 			after->callback(obj);
+	if (!obj->mod || obj->mod->state == MODULE_STATE_LIVE)
+		return;
 	for (spot = kmend_spots; spot->where; spot++)
 		if (!strcmp(spot->object, obj->name))
 			text_poke_set(spot->where, 0, spot->size);
