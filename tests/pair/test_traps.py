@@ -149,6 +149,20 @@ def test_code_between_functions_is_compared(pair: Pair) -> None:
     assert "changed-section" in rules(selection)
 
 
+def test_an_entry_that_leads_to_another_function_is_refused(pair: Pair) -> None:
+    """It would bring a second copy of that function along, unlike the one that everybody else calls."""
+    old = """
+    noinline int rescue(int x) { return outside(x + 9); }
+    int f(int x) {
+        asm volatile("1: nop\\n.pushsection __ex_table,\\"a\\"\\n.long 1b - .\\n.long rescue - .\\n.long 1\\n"
+            ".popsection");
+        return outside(x);
+    }
+    """
+    _, selection = pair(old, old.replace("outside(x);", "outside(x + 1);"))
+    assert rules(selection) == {"special-section"}
+
+
 def test_what_the_linker_throws_away_may_change(pair: Pair) -> None:
     """``cond_resched()``, used for the first time in a file, leaves a word in ``.discard.addressable``."""
     old = "int f(int x) { return outside(x); }"

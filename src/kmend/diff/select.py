@@ -122,7 +122,8 @@ class Linker:
         self.diff = diff
         self.new = diff.new
 
-    def _family(self, part: Part) -> str:
+    def family(self, part: Part) -> str:
+        """The function that the part is or was split from."""
         parent = cold_parent(self.new, part)
         return parent.key if parent else part.key
 
@@ -136,7 +137,7 @@ class Linker:
         if ref.kind is not RefKind.PART:
             return self._other(ref)
         target = self.new.parts[ref.name]
-        if self._family(target) == self._family(part):
+        if self.family(target) == self.family(part):
             return Link(LinkKind.LOCAL, target.key, ref)
         if target.kind is PartKind.DATA:
             return self._data(target, ref)
@@ -165,7 +166,7 @@ class Linker:
     def of_satellite(self, owner: Part, section: Section, reloc: Reloc) -> Link:
         """The link of a relocation inside replacement code that belongs to ``owner``."""
         ref = self.new.ref(section, reloc)
-        if ref.kind is RefKind.PART and self._family(self.new.parts[ref.name]) == self._family(owner):
+        if ref.kind is RefKind.PART and self.family(self.new.parts[ref.name]) == self.family(owner):
             return Link(LinkKind.LOCAL, ref.name, ref)
         return self.of_code(owner, section, reloc)
 
@@ -500,11 +501,26 @@ class _Selector:
         for name in TABLE:
             for entry in self.diff.new_special.entries(part.key, name):
                 for reloc in entry.relocs[1:]:
-                    yield self.linker.of_entry(entry, reloc), False
+                    link = self.linker.of_entry(entry, reloc)
+                    self._own(part, name, link)
+                    yield link, False
                 if name == ".altinstructions":
                     spot = self.diff.new_special.replacement(entry)
                     if spot is not None:
                         yield from ((row, False) for row in self._spot_links(part, *spot))
+
+    def _own(self, part: Part, table: str, link: Link) -> None:
+        """An entry leads to its own function; to another one it would bring a second copy of that along."""
+        if link.kind is not LinkKind.LOCAL:
+            return
+        target = self.new.parts[link.name]
+        if target.kind is PartKind.FUNCTION and self.linker.family(target) != self.linker.family(part):
+            self.refuse(
+                "special-section",
+                part.name,
+                f"its entry in {table} leads to another function, {target.name}",
+                "report the function: kmend does not understand its code",
+            )
 
     def _satellite_links(self, part: Part, link: Link) -> Iterable[Link]:
         if link.kind is LinkKind.SATELLITE and link.name == ".altinstr_aux":
