@@ -84,7 +84,8 @@ def kmend(*words: str | os.PathLike[str], cache: Path) -> Run:
 
 def command(*words: str | os.PathLike[str], cache: Path) -> list[str]:
     """The installed command, as a user types it (``.venv/bin/kmend`` beside this Python)."""
-    return [str(Path(sys.executable).with_name("kmend")), *map(os.fspath, words), "--cache", str(cache)]
+    program = Path(sys.executable).with_name("kmend")
+    return [str(program), *(os.fspath(word) for word in words), "--cache", str(cache)]
 
 
 def target_of(config: Config, release: Release) -> Target:

@@ -293,6 +293,29 @@ def test_a_new_field_is_named(build: Build, target_56: Target, tmp_path: Path) -
     assert "pa_fresh is new" in row["why"]
 
 
+def test_a_series_with_a_level_of_its_own_for_each_patch(
+    build: Build, target_56: Target, tmp_path: Path
+) -> None:
+    """One patch has git's prefixes and needs none named, one has three folders in front of its names."""
+    deep = patch_of(
+        tmp_path,
+        target_56,
+        "fs/read_write.c",
+        ("ssize_t vfs_read(struct file *file, ", "ssize_t vfs_read(struct file *const file, "),
+    )
+    text = deep.read_text().replace(" a/fs/", " home/me/linux/fs/").replace(" b/fs/", " home/me/new/fs/")
+    (tmp_path / "deep.patch").write_text(text)
+    (tmp_path / "cmdline.patch").write_bytes(CMDLINE.read_bytes())
+    series = tmp_path / "series"
+    series.write_text("cmdline.patch\ndeep.patch -p3\n")
+    status, document = build(series, "--kernel", target_56.release, "-n", "both")
+    assert (status, document["refused"]) == (0, [])
+    assert names(document) == {"vmlinux": {"cmdline_proc_show": "changed"}}
+    series.write_text("cmdline.patch\ndeep.patch -p2\n")
+    status, document = build(series, "--kernel", target_56.release, "-n", "both")
+    assert (status, rules(document)) == (1, {"does-not-apply"})
+
+
 def test_a_syntax_error_is_gccs_own_words(build: Build, target_56: Target, tmp_path: Path) -> None:
     change = patch_of(tmp_path, target_56, "fs/proc/cmdline.c", ("seq_putc(m, '\\n');", "seq_putc(m, '\\n')"))
     status, document = build(change, "--kernel", target_56.release)
