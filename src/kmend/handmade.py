@@ -25,7 +25,7 @@ from kmend.core.progress import Progress, Timings
 from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome
 from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Linkage, Release, Target, Unit
 from kmend.diff.declared import CallbackKind, Place, declarations
-from kmend.elf.model import SHN_UNDEF
+from kmend.elf.model import SHN_UNDEF, STT_FUNC
 from kmend.elf.reader import read
 from kmend.kernel import compile as compiling
 from kmend.kernel import kbuild, prepare, store
@@ -421,12 +421,7 @@ def _relative(line: str, place: Path) -> str:
 def _function_at(elf: ElfFile, place: Place) -> str:
     """The name of the function that a declaration points at."""
     for symbol in elf.symbols:
-        if (
-            symbol.defined
-            and symbol.section == place.section
-            and symbol.value == place.offset
-            and symbol.name
-        ):
+        if symbol.type == STT_FUNC and (symbol.section, symbol.value) == (place.section, place.offset):
             return symbol.name
     return place.symbol
 
