@@ -138,7 +138,10 @@ def test_removing_beside_a_writer_ends(tmp_path: Path) -> None:
     folder.mkdir()
     script = 'i=0; while : > "$1/$i"; do i=$((i+1)); done'
     with subprocess.Popen(["sh", "-c", script, "sh", folder], stderr=subprocess.DEVNULL) as writer:
-        time.sleep(0.05)
-        assert remove(folder)
-        assert writer.wait(timeout=10) != 0
+        try:
+            time.sleep(0.05)
+            assert remove(folder)
+            assert writer.wait(timeout=10) != 0
+        finally:
+            writer.kill()
     assert names(tmp_path) == []

@@ -132,11 +132,15 @@ def sweep(base: Path, prefix: str, keep: str = "") -> None:
 def remove(folder: Path) -> bool:
     """Remove a folder and all that is in it; whether it is gone.
 
-    A child that outlived a killed run may still add a file while the folder is emptied: then once more.
+    It gets another name first: a child that outlived a killed run adds no more to it under the old one.
     """
+    gone = folder.with_name(f"{folder.name}.gone")
     for _ in range(10):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        shutil.rmtree(gone, ignore_errors=True)  # a killed removal's, or the last turn's
+        with contextlib.suppress(OSError):
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        if not folder.exists() and not gone.exists():
             return True
     return False
 
