@@ -163,6 +163,35 @@ def test_an_entry_that_leads_to_another_function_is_refused(pair: Pair) -> None:
     assert rules(selection) == {"special-section"}
 
 
+def test_code_that_an_unknown_table_changes_is_refused(pair: Pair) -> None:
+    """``runtime_const_ptr(dentry_hashtable)`` is 0x0123456789abcdef until the kernel puts its address in."""
+    old = """
+    long f(int x) {
+        long r;
+        asm("mov $0x0123456789abcdef, %0\\n1:\\n.pushsection runtime_ptr_table,\\"a\\"\\n.long 1b - 8 - .\\n"
+            ".popsection" : "=r" (r));
+        return r + outside(x);
+    }
+    int g(int x) { return outside(x); }
+    """
+    _, selection = pair(old, old.replace("r + outside(x)", "r - outside(x)"))
+    assert ("special-section", "f") in {(r.rule, r.what) for r in selection.refusals}
+    _, selection = pair(old, old.replace("return outside(x)", "return outside(x + 1)"))
+    assert changed(selection) == {"g"}
+    assert not selection.refusals
+
+
+def test_a_new_once_flag_is_carried_by_either_name(pair: Pair) -> None:
+    old = "int f(int x) { return outside(x); }"
+    for name in (".data.once", ".data..once"):
+        flag = f'static _Bool __already_done __attribute__((section("{name}")));'
+        _, selection = pair(
+            old, f"int f(int x) {{ {flag} if (!__already_done) __already_done = 1; return x; }}"
+        )
+        assert changed(selection) == {"f"}
+        assert not selection.refusals
+
+
 def test_what_the_linker_throws_away_may_change(pair: Pair) -> None:
     """``cond_resched()``, used for the first time in a file, leaves a word in ``.discard.addressable``."""
     old = "int f(int x) { return outside(x); }"

@@ -23,7 +23,7 @@ from enum import Enum
 from kmend.core.errors import Refusal
 from kmend.diff.compare import ObjectDiff, cold_parent, without_identity
 from kmend.diff.declared import CallbackKind
-from kmend.diff.special import SATELLITES, TABLE, Entry
+from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import Reloc, Section
@@ -34,7 +34,11 @@ from kmend.insn.decode import containing
 #: Sections whose memory is gone (or never runs again) once the kernel or module is up.
 _INIT = (".init", ".exit", ".meminit", ".devinit", ".cpuinit")
 #: Sections that new variables may stand in: the module loader gives each of them its meaning.
-_PLAIN_DATA = (".data", ".bss", ".rodata", ".data.once", ".data..read_mostly", ".data.unlikely")
+#: (``.data..once`` is the name of ``.data.once`` since dbefa1f31a91, 6.13, and in stable kernels.)
+_PLAIN_DATA = (
+    *(".data", ".bss", ".rodata", ".data.once", ".data..once", ".data..read_mostly"),
+    *(".data.unlikely", ".data..unlikely"),
+)
 _DYNDBG = ("__dyndbg",)
 #: Sections whose variables nobody looks for: one may go when the code that used it goes.
 _TAKEN_AWAY = (".data", ".bss", ".rodata", ".init.data", ".init.rodata", ".exit.data", ".discard")
@@ -210,6 +214,28 @@ def select(diff: ObjectDiff, extra_roots: Iterable[str] = ()) -> Selection:
     return _Selector(diff, tuple(extra_roots)).run()
 
 
+def _unknown_tables(unit: UnitObject) -> dict[str, tuple[str, ...]]:
+    """For each function the tables, unknown to kmend, that name a place inside of it.
+
+    ``runtime_ptr_dentry_hashtable`` (include/asm-generic/runtime-const.h, since 6.11) is one: the kernel puts
+    the real address in place of 0x0123456789abcdef, and does so for itself alone. What names only a
+    function's beginning (exports) does not change its code.
+    """
+    known = TABLE.keys() | SATELLITES | DISPENSABLE | {ORC}
+    found: dict[str, dict[str, None]] = {}
+    for section in unit.elf.sections:
+        if not section.alloc or section.executable or section.name in known or unit.parts_in(section.index):
+            continue
+        if section.name.startswith((".discard", ".note")):
+            continue
+        for reloc in section.relocs:
+            ref = unit.ref(section, reloc)
+            part = unit.parts[ref.name] if ref.kind is RefKind.PART else None
+            if part is not None and part.kind is PartKind.FUNCTION and ref.addend:
+                found.setdefault(part.key, {})[section.name] = None
+    return {key: tuple(names) for key, names in found.items()}
+
+
 class _Selector:
     def __init__(self, diff: ObjectDiff, extra_roots: tuple[str, ...]) -> None:
         self.diff = diff
@@ -221,6 +247,7 @@ class _Selector:
         #: sections that the patch's author wants left alone, as far as they differ
         self._asked = frozenset(diff.declared.ignored_sections)
         self._skipped: set[str] = set()
+        self._tables = _unknown_tables(self.new)
 
     def refuse(self, rule: str, what: str, why: str, next_step: str) -> None:
         self.refusals.setdefault((rule, what), Refusal(rule, what, why, next_step))
@@ -544,7 +571,16 @@ class _Selector:
                 f"patched code needs it, but it stands in {section.name}",
                 "leave the change to the next reboot",
             )
-        elif part.kind is PartKind.FUNCTION and not self.new.alone(part):
+            return
+        for table in self._tables.get(part.key, ()):
+            self.refuse(
+                "special-section",
+                part.name,
+                f"the table {table} names places in its code, which the kernel changes when it starts; kmend "
+                "does not carry it over: in the module the code would run unchanged",
+                "leave the change to the next reboot, or change another function",
+            )
+        if part.kind is PartKind.FUNCTION and not self.new.alone(part):
             self.refuse(
                 "shared-section",
                 part.name,
