@@ -132,15 +132,17 @@ def sweep(base: Path, prefix: str, keep: str = "") -> None:
 def remove(folder: Path) -> bool:
     """Remove a folder and all that is in it; whether it is gone.
 
-    It gets another name first: a child that outlived a killed run adds no more to it under the old one.
+    It is renamed first: a child that outlived a killed run and still writes there (by the folder's name)
+    meets with an error instead of filling it as fast as it is emptied.
     """
-    gone = folder.with_name(f"{folder.name}.gone")
-    for _ in range(10):
-        shutil.rmtree(gone, ignore_errors=True)  # a killed removal's, or the last turn's
-        with contextlib.suppress(OSError):
-            folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        if not folder.exists() and not gone.exists():
+    aside = folder.with_name(f"{folder.name}.gone")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it removed
+    with contextlib.suppress(OSError):
+        folder.rename(aside)
+    for _ in range(3):
+        for path in (aside, folder):
+            shutil.rmtree(path, ignore_errors=True)
+        if not aside.exists() and not folder.exists():
             return True
     return False
 
