@@ -25,11 +25,11 @@ _MOVING = 'read -r t <$d/transition && [ "$t" = 1 ]'
 
 
 def load(guest: Guest, module: Path, parameters: str = "") -> Done:
-    """insmod; the patch (if it is one) is loaded with its transition at an end."""
+    """Insert a module and wait for its transition. With kmod: busybox tries a refused module twice."""
     path = f"/root/{module.name}"
     guest.put(path, module.read_bytes())
     settle = _SETTLE.format(name=module.stem, going=_MOVING, behind=0)
-    return guest.run(f"insmod {path} {parameters} || exit\n{settle}", timeout=60)
+    return guest.run(f"/usr/sbin/insmod {path} {parameters} || exit\n{settle}", timeout=60)
 
 
 def unload(guest: Guest, name: str) -> Done:

@@ -108,6 +108,8 @@ def declarations(elf: ElfFile) -> Declarations:
                         "use the macros of kmend.h",
                     )
                 )
+    order = list(CallbackKind)
+    callbacks.sort(key=lambda row: order.index(row[0]))  # GCC lays them out from the last to the first
     return Declarations(
         tuple(callbacks), tuple(states), tuple(functions), tuple(sections), tuple(forced), tuple(refusals)
     )
