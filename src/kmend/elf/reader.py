@@ -76,6 +76,8 @@ def read(data: bytes, name: str = "the file") -> ElfFile:
     if shoff + shnum * _SHDR.size > len(data) or not 0 < shstrndx < shnum:
         raise _bad(name, "its section headers lie outside of it: truncated?")
     rows = list(_SHDR.iter_unpack(data[shoff : shoff + shnum * _SHDR.size]))
+    if rows[0][1] != SHT_NULL:
+        raise _bad(name, "its first section is not the null section")
     contents: list[bytes] = []
     for row in rows:
         kind, offset, size = row[1], row[4], row[5]
