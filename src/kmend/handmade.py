@@ -183,6 +183,7 @@ class _HandBuild:
             objects, states = self._declared(units, wanted, layout)
             plan = self._plan(view, wanted, objects, states)
             assembled = self._link(view, units, plan, layout)
+            self.warnings += assembled.warnings
         with measure("verify"):
             self._check(view, assembled.data, layout, plan)
         with measure("link"):

@@ -44,7 +44,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
         "objects": None
         if found.objects is None
         else [
-            {"name": o.name, "functions": [{"name": f.old_name, "sympos": f.sympos} for f in o.funcs]}
+            {
+                "name": o.name,
+                "functions": [{"name": f.old_name, "sympos": f.sympos} for f in o.funcs],
+                "callbacks": {kind.value: name for kind, name in o.callbacks},
+            }
             for o in found.objects
         ],
     }
@@ -58,6 +62,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         lines.append("  replaces all older livepatches" if found.replace else "  stacks on older livepatches")
         for obj in found.objects:
             names = [f"{f.old_name},{f.sympos}" if f.sympos else f.old_name for f in obj.funcs]
-            lines.append(f"  {obj.name}: {', '.join(names)}")
+            lines.append(f"  {obj.name}: {', '.join(names) or 'no functions'}")
+            lines += [f"    {kind.words} callback: {name}" for kind, name in obj.callbacks]
     context.say("\n".join(lines))
     return 0

@@ -9,12 +9,13 @@ its own, the descriptors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.core.target import VMLINUX
 from kmend.diff.declared import is_declaration
-from kmend.elf.model import SHN_COMMON, SHN_UNDEF, STT_FILE, STT_FUNC, STT_SECTION, ElfFile, Symbol
+from kmend.elf.model import SHN_COMMON, SHN_UNDEF, STT_FILE, STT_FUNC, STT_SECTION, ElfFile, Reloc, Symbol
+from kmend.elf.reader import slice_relocs
 from kmend.elf.writer import OutSymbol
 from kmend.module.descriptor import ObjectSpec
 from kmend.module.layout import Layout, modinfo
@@ -30,7 +31,7 @@ from kmend.module.output import (
     Placed,
     bad_states,
 )
-from kmend.module.resolve import Resolution
+from kmend.module.resolve import Livepatched, Resolution
 
 #: What the glue or this file makes. objtool's list of ENDBR that may be sealed is made from one unit: it
 #: knows nothing of the pointers in our descriptors.
@@ -150,16 +151,19 @@ class _Linker(Output):
         crcs: Mapping[str, int],
     ) -> None:
         super().__init__(spec, glue, layout, crcs)
-        self.units, self.plan = units, plan
+        self.units: Sequence[HandUnit] = units
+        self.plan = plan
         self.globals: dict[str, OutSymbol] = {}
         #: functions by name, for the descriptor: static ones too where the name is there once
         self.functions: dict[str, list[OutSymbol]] = {}
         self.refusals: dict[tuple[str, str], Refusal] = {}
+        self.warnings: dict[str, Refusal] = {}
 
     def refuse(self, rule: str, what: str, why: str, next_step: str) -> None:
         self.refusals.setdefault((rule, what), Refusal(rule, what, why, next_step))
 
     def run(self) -> Assembled:
+        self.units = [HandUnit(unit.name, self._without_late(unit.elf)) for unit in self.units]
         placed = [self._unit(unit) for unit in self.units]
         glue = self._place_glue()
         objects = self._objects()
@@ -175,7 +179,62 @@ class _Linker(Output):
         self._join(glue, self._for_glue)
         self._information(self._modinfo())
         self._versions()
-        return Assembled(self._bytes(), ())
+        return Assembled(self._bytes(), tuple(self.warnings.values()))
+
+    def _is_late(self, symbol: Symbol) -> bool:
+        """Whether the symbol is one of a module, which may be loaded after us."""
+        resolution = self.plan.reach.get(symbol.name) if symbol.section == SHN_UNDEF else None
+        return isinstance(resolution, Livepatched) and resolution.obj != VMLINUX
+
+    def _without_late(self, elf: ElfFile) -> ElfFile:
+        """The object without those entries of tables that may be left out when they need a later module.
+
+        A static call goes on through its trampoline, which static_call_update() keeps right (kernel/
+        static_call_inline.c). A tracepoint without its entry in ``__jump_table`` stays off.
+        """
+        sections = list(elf.sections)
+        for index, section in enumerate(sections):
+            size = {
+                "__jump_table": self.layout.jump_table,
+                ".static_call_sites": self.layout.static_call_site,
+            }
+            if section.name not in size:
+                continue
+            kept: list[tuple[int, tuple[Reloc, ...]]] = []
+            for at in range(0, section.size, entry):
+                rows = slice_relocs(section.relocs, at, at + entry)
+                late = [s for r in rows[1:] if self._is_late(s := elf.symbols[r.symbol])]
+                if late and section.name == "__jump_table":
+                    name = late[0].name.removeprefix("__tracepoint_")
+                    if name == late[0].name:
+                        late = []  # any other key: refused when its relocation is made
+                    else:
+                        self._silent(name)
+                if not late:
+                    kept.append((at, rows))
+            sections[index] = replace(
+                section,
+                data=b"".join(section.data[at : at + entry] for at, _ in kept),
+                size=entry * len(kept),
+                relocs=tuple(
+                    Reloc(r.offset - at + number * entry, r.type, r.symbol, r.addend)
+                    for number, (at, rows) in enumerate(kept)
+                    for r in rows
+                ),
+            )
+        return replace(elf, sections=tuple(sections))
+
+    def _silent(self, name: str) -> None:
+        self.warnings.setdefault(
+            name,
+            Refusal(
+                "tracepoint-silent",
+                name,
+                "the tracepoint belongs to a module that may be loaded after the patch; it stays off in the "
+                "code of the patch",
+                "trace another function if you need the event while the patch is loaded",
+            ),
+        )
 
     def _unit(self, unit: HandUnit) -> Placed:
         names = {section.name for section in unit.elf.sections}
