@@ -193,12 +193,11 @@ class _Linker(Output):
         static_call_inline.c). A tracepoint without its entry in ``__jump_table`` stays off.
         """
         sections = list(elf.sections)
+        lay = self.layout
+        sizes = {"__jump_table": lay.jump_table, ".static_call_sites": lay.static_call_site}
         for index, section in enumerate(sections):
-            size = {
-                "__jump_table": self.layout.jump_table,
-                ".static_call_sites": self.layout.static_call_site,
-            }
-            if section.name not in size:
+            entry = sizes.get(section.name)
+            if entry is None:
                 continue
             kept: list[tuple[int, tuple[Reloc, ...]]] = []
             for at in range(0, section.size, entry):
