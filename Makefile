@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Tests that boot a virtual machine share one worker (tests/conftest.py); the others run beside them.
+# The tests of one file stay on one worker, in order: those that share a guest follow each other.
 TEST_JOBS ?= $(shell nproc)
 CODE := $(wildcard src tests bench)
 
@@ -26,7 +26,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -n $(TEST_JOBS) --dist loadgroup
+	$(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
 	$(BIN)/pytest -m lab
