@@ -10,36 +10,42 @@ livepatch) gets the former alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kmend import __version__
 from kmend.core.config import Config
-from kmend.core.errors import KmendError, Refusal, Refused, UsageError
-from kmend.core.files import scratch_folder, write_atomically
+from kmend.core.errors import Refusal, Refused, UsageError
+from kmend.core.files import write_atomically
 from kmend.core.progress import Progress, Timings
-from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome
-from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Linkage, Release, Target, Unit
+from kmend.core.report import BuildReport, FunctionRow, ObjectRow
+from kmend.core.target import VMLINUX, Linkage, Release, Target, Unit
 from kmend.diff.declared import CallbackKind, Place, declarations
-from kmend.elf.model import SHN_UNDEF, STT_FUNC
+from kmend.elf.model import STT_FUNC
 from kmend.elf.reader import read
 from kmend.kernel import compile as compiling
 from kmend.kernel import kbuild, prepare, store
-from kmend.kernel.sign import sign
 from kmend.module.byhand import HandPlan, HandUnit, Needs, link, needs
 from kmend.module.describe import descriptors
 from kmend.module.descriptor import FILE, Descriptor, ObjectSpec, bad_descriptor, parse
-from kmend.module.layout import modinfo, read_layout
 from kmend.module.output import Assembled, ModuleSpec, second_callback
 from kmend.module.resolve import Livepatched, Resolution
-from kmend.pipeline import TargetView, include_flags, write_report
+from kmend.pairs import include_flags
+from kmend.product import (
+    Signing,
+    concluded,
+    frame,
+    modinfo_of,
+    module_name,
+    note,
+    one_line,
+    reported,
+    written,
+)
 from kmend.verify.names import Names
-from kmend.verify.rules import check, check_ordinary
-from kmend.verify.symbols import crcs_of
+from kmend.view import TargetView, scratch
 
 if TYPE_CHECKING:
     from kmend.elf.model import ElfFile
@@ -59,8 +65,7 @@ class ModuleRequest:
     release: Release
     output: Path
     name: str | None = None
-    sign_key: str | None = None
-    sign_cert: Path | None = None
+    signing: Signing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ def sources_of(path: Path, name: str | None = None) -> Sources:
                 folder / file, "it is no C file of the folder, or has a name that make would split"
             )
     stem = Path(files[0]).stem if lone or (len(files) == 1 and not toml.exists()) else folder.name
-    return Sources(folder, files, descriptor, _name(name or descriptor.name or stem))
+    return Sources(folder, files, descriptor, module_name(name or descriptor.name or stem))
 
 
 def _no_sources(path: Path, why: str) -> UsageError:
@@ -116,41 +121,22 @@ def _no_sources(path: Path, why: str) -> UsageError:
     )
 
 
-def _name(text: str) -> str:
-    name = text.removesuffix(".ko").replace("-", "_")
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or len(name) > MAX_MODULE_NAME:
-        raise UsageError(
-            f"{text!r} is no name for a module",
-            why=f"letters, digits and underscores, at most {MAX_MODULE_NAME} of them",
-            next_step="name another one with -n",
-            rule="module-name",
-        )
-    return name
-
-
 def build_module(request: ModuleRequest, config: Config, progress: Progress) -> BuildReport:
     """Compile, resolve, link, check and write the module and its report.
 
-    Every KmendError that speaks of the code becomes a report with ``refused`` or ``failed``; wrong usage and
-    a machine or kernel that cannot do it (exit status 2 and 3) are raised.
+    Every KmendError that speaks of the code becomes a report with ``refused`` or ``failed``.
+
+    Raises:
+        KmendError: wrong usage, and a machine or kernel that cannot do it (exit status 2 and 3).
     """
     timings = Timings()
     sources = sources_of(request.path, request.name)
     with timings.measure("total"):
         with timings.measure("fetch"):
             target = store.fetch(config, request.release, progress)
-        kernel = KernelId(target.release, target.version, target.build_id)
-        try:
-            report = _HandBuild(request, sources, target, config, progress, timings).run()
-        except KmendError as error:
-            if error.exit_status != 1:
-                raise
-            outcome = Outcome.REFUSED if isinstance(error, Refused) else Outcome.FAILED
-            report = BuildReport(sources.name, outcome, kernel, refused=error.reasons)
-    report = replace(report, timings=dict(timings.seconds))
-    if report.result is Outcome.BUILT:
-        write_report(report)
-    return report
+        work = _HandBuild(request, sources, target, config, progress, timings)
+        report = reported(sources.name, target, work.run)
+    return concluded(report, timings)
 
 
 class _HandBuild:
@@ -176,18 +162,17 @@ class _HandBuild:
         with measure("compile"):
             units = self._compile()
             view = TargetView(self.config, self.target)
-            layout = read_layout(view.glue())
         with measure("link"):
             self.progress.step("resolving names")
             wanted = needs(units)
-            objects, states = self._declared(units, wanted, layout)
+            objects, states = self._declared(units, wanted, view.layout)
             plan = self._plan(view, wanted, objects, states)
-            assembled = self._link(view, units, plan, layout)
+            assembled = self._link(view, units, plan)
             self.warnings += assembled.warnings
         with measure("verify"):
-            self._check(view, assembled.data, layout, plan)
+            self._check(view, assembled.data, plan)
         with measure("link"):
-            return self._write(assembled.data, layout)
+            return self._write(assembled.data, view.layout)
 
     # -- objects ----------------------------------------------------------------------------
 
@@ -199,8 +184,8 @@ class _HandBuild:
         """
         name, folder = self.sources.name, self.sources.folder
         self.progress.step(f"compiling {len(self.sources.files)} file{'s'[: len(self.sources.files) != 1]}")
-        with scratch_folder(self.config.cache / "scratch", "module") as scratch:
-            place = scratch / "src"
+        with scratch(self.config) as run_folder:
+            place = run_folder / "src"
             place.mkdir()
             stems = {}
             for entry in folder.iterdir():
@@ -227,7 +212,7 @@ class _HandBuild:
                     unit,
                     commands[stem],
                     tree=self.target.source,
-                    out=scratch / "out",
+                    out=run_folder / "out",
                     extra_flags=flags,
                 )
                 units.append(HandUnit(file, read(made.path.read_bytes(), file)))
@@ -342,56 +327,39 @@ class _HandBuild:
 
     # -- module -----------------------------------------------------------------------------
 
-    def _link(self, view: TargetView, units: Sequence[HandUnit], plan: HandPlan, layout: Layout) -> Assembled:
-        late = any(isinstance(r, Livepatched) and r.obj != VMLINUX for r in plan.reach.values())
-        forget = view.forget() if late and not plan.own_init else None
-        if late and forget is None and not view.takes_back():
-            self.warnings.append(_no_reload(plan))
-        glue = view.glue(forget=forget is not None, own_init=plan.own_init)
-        needed = [s.name for s in glue.symbols if s.section == SHN_UNDEF and s.name]
-        digest = hashlib.sha256(b"".join((self.sources.folder / f).read_bytes() for f in self.sources.files))
-        note = {
-            "kmend": __version__,
-            "patch": self.sources.name,
-            "title": self.descriptor.description,
-            "origin": "by hand",
-            "kernel": self.target.release,
-            "build_id": self.target.build_id,
-            "report": digest.hexdigest(),
-        }
-        info = [("kmend_patch", self.sources.name), ("kmend_build_id", self.target.build_id)]
-        info.append(("kmend_report", digest.hexdigest()))
-        if self.descriptor.description:
-            info.insert(0, ("description", " ".join(self.descriptor.description.split())[:120]))
+    def _link(self, view: TargetView, units: Sequence[HandUnit], plan: HandPlan) -> Assembled:
+        late = {r.obj for r in plan.reach.values() if isinstance(r, Livepatched) and r.obj != VMLINUX}
+        base = frame(view, sorted(late), own_init=plan.own_init)
+        self.warnings += base.warnings
+        name, title = self.sources.name, self.descriptor.description
+        made_from = b"".join((self.sources.folder / f).read_bytes() for f in self.sources.files)
+        digest = hashlib.sha256(made_from).hexdigest()
+        info = modinfo_of(self.target, name, digest=digest)
+        if title:
+            info = (("description", one_line(title)), *info)
         return link(
             ModuleSpec(
-                self.sources.name,
+                name,
                 self.descriptor.replace,
-                tuple(info),
-                json.dumps(note, sort_keys=True).encode(),
-                forget,
+                info,
+                note(self.target, name, title=title, origin="by hand", digest=digest),
+                base.forget,
             ),
             units,
             plan,
-            glue,
-            layout,
-            crcs_of([*needed, "module_layout"], view.exports),
+            base.glue,
+            view.layout,
+            base.crcs,
         )
 
-    def _check(self, view: TargetView, data: bytes, layout: Layout, plan: HandPlan) -> None:
+    def _check(self, view: TargetView, data: bytes, plan: HandPlan) -> None:
         """Hold the finished bytes against every rule, as ``kmend check`` would."""
-        vermagic = dict(modinfo(view.glue())).get("vermagic", "")
-        facts = view.facts(layout, vermagic)
-        judge = check if plan.livepatch else check_ordinary
-        checked = judge(read(data, self.sources.name), facts, self.sources.name)
+        checked = view.check(data, self.sources.name, livepatch=plan.livepatch)
         self.warnings += checked.warnings
         if checked.refusals:
             raise Refused(checked.refusals)
 
     def _write(self, data: bytes, layout: Layout) -> BuildReport:
-        path = self.request.output / f"{self.sources.name}.ko"
-        if self.request.sign_key is not None and self.request.sign_cert is not None:
-            data = sign(self.target, data, self.request.sign_key, self.request.sign_cert)
         rows = []
         for row in descriptors(read(data, self.sources.name), layout)[1] or ():
             functions = [
@@ -403,15 +371,14 @@ class _HandBuild:
                 if name != "kmend_forget"
             ]
             rows.append(ObjectRow(row.name, tuple(functions)))
-        write_atomically(path, data)
-        return BuildReport(
+        return written(
+            self.target,
             self.sources.name,
-            Outcome.BUILT,
-            KernelId(self.target.release, self.target.version, self.target.build_id),
-            module=str(path),
-            sha256=hashlib.sha256(data).hexdigest(),
+            data,
+            self.request.output,
+            self.request.signing,
             objects=tuple(rows),
-            warnings=tuple(dict.fromkeys(self.warnings)),
+            warnings=self.warnings,
         )
 
 
@@ -434,14 +401,3 @@ def _unique(callbacks: Sequence[tuple[CallbackKind, str]], obj: str) -> None:
         if kind in seen:
             raise Refused([second_callback(obj, kind, seen[kind], name)])
         seen[kind] = name
-
-
-def _no_reload(plan: HandPlan) -> Refusal:
-    modules = sorted({r.obj for r in plan.reach.values() if isinstance(r, Livepatched) and r.obj != VMLINUX})
-    return Refusal(
-        "module-reload",
-        ", ".join(modules),
-        "this kernel cannot relocate the patch a second time: while it is loaded, the module can be unloaded "
-        "but not loaded again",
-        "take the patch back before the module is loaded again",
-    )

@@ -16,9 +16,7 @@ import hashlib
 import importlib
 import json
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,29 +24,36 @@ from typing import TYPE_CHECKING
 
 from kmend import __version__
 from kmend.core.config import Config
-from kmend.core.errors import Failed, KmendError, Refusal, Refused, UsageError
-from kmend.core.files import scratch_folder, write_atomically
+from kmend.core.errors import Failed, Refusal, Refused
 from kmend.core.progress import Progress, Timings
-from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
-from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Linkage, Release, Target, Unit
-from kmend.kernel import compile as compiling
-from kmend.kernel import kbuild, overlay, prepare, prepared
+from kmend.core.report import BuildReport, FunctionRow, ObjectRow, Outcome, Verified
+from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Release, Target, Unit
+from kmend.kernel import overlay, prepare, prepared
+from kmend.pairs import Compiler, Pair, reached_by
 from kmend.patch.apply import Applied, apply
 from kmend.patch.intake import parse
-from kmend.patch.lines import with_line_control
-from kmend.patch.reach import Reach, reach
+from kmend.product import (
+    Signing,
+    concluded,
+    frame,
+    kernel_id,
+    modinfo_of,
+    module_name,
+    note,
+    one_line,
+    reported,
+    written,
+)
+from kmend.view import TargetView, scratch
 
 if TYPE_CHECKING:
     from kmend.diff.compare import ObjectDiff
     from kmend.diff.select import Selection
     from kmend.diff.unit import UnitObject
-    from kmend.elf.model import ElfFile
-    from kmend.kernel.kbuild import CompileCommand
-    from kmend.module.layout import Layout
     from kmend.module.resolve import Resolution
     from kmend.patch.model import PatchSet
-    from kmend.verify.rules import Checked, TargetFacts
-    from kmend.verify.symbols import Proof, World
+    from kmend.patch.reach import Reach
+    from kmend.verify.symbols import Proof
 
 #: The stages behind the compiler: loaded while it runs.
 LATER = (
@@ -76,148 +81,7 @@ class BuildRequest:
     replace: bool = True
     fuzz: int = 0
     strip: int | Mapping[str, int] | None = None
-    sign_key: str | None = None
-    sign_cert: Path | None = None
-
-
-# -- the target as the pure stages see it ------------------------------------------------------
-
-
-class TargetView:
-    """Lazily opened parts of a target: image, symbols, exports, modules, glue."""
-
-    def __init__(self, config: Config, target: Target) -> None:
-        from kmend.kernel import kallsyms, symvers
-        from kmend.kernel.vmlinux import Image
-        from kmend.verify.provenance import VmlinuxBinary
-
-        self.config, self.target = config, target
-        self._modules: dict[str, UnitObject | None] = {}
-        self._sites: dict[str, frozenset[int]] = {}
-        self.image = Image.open(target.vmlinux)
-        self.symbols = kallsyms.load(target)
-        self.exports = symvers.load(target.symvers)
-        self.vmlinux = VmlinuxBinary(self.image, self.symbols)
-
-    def glue(self, *, forget: bool = False, own_init: bool = False) -> ElfFile:
-        """``glue.c`` compiled for this target; made once. As :func:`kmend.module.layout.glue_source`."""
-        from kmend.elf.reader import read
-        from kmend.module.layout import glue_source
-
-        source = glue_source(forget=forget, own_init=own_init)
-        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-        path = self.target.folder / f"glue-{digest}.o"
-        if not path.exists():
-            with _scratch(self.config) as folder:
-                made = compiling.compile_snippet(self.target, source, out=folder, module_name="kmend")
-                write_atomically(path, made.read_bytes())
-        return read(path.read_bytes(), path.name)
-
-    def takes_back(self) -> bool:
-        """Whether the kernel clears what it relocated for a module when that goes.
-
-        Probed by the function that does it: 0c05e7bd2d01 "livepatch,x86: Clear relocation targets on a module
-        removal" (6.3).
-        """
-        return bool(self.symbols.named("clear_relocate_add"))
-
-    def forget(self) -> Resolution | None:
-        """How a module reaches ``text_poke_set()`` to do it itself; None: no need, or no such function."""
-        from kmend.module.resolve import Livepatched
-
-        found = self.symbols.named("text_poke_set")
-        return None if self.takes_back() or len(found) != 1 else Livepatched(VMLINUX, "text_poke_set", 0)
-
-    def module(self, name: str) -> UnitObject:
-        """A module of the target, parsed.
-
-        Raises:
-            Failed: the target has no such module.
-        """
-        found = self.optional_module(name)
-        if found is None:
-            raise Failed(f"{self.target.release} has no module {name}", rule="unknown-module")
-        return found
-
-    def optional_module(self, name: str) -> UnitObject | None:
-        from kmend.diff.unit import UnitObject
-        from kmend.kernel import modules
-
-        if name not in self._modules:
-            known = modules.find(self.target, name)
-            data = modules.module_file(self.target, name).path.read_bytes() if known else None
-            self._modules[name] = UnitObject.parse(data, f"{name}.ko") if data is not None else None
-        return self._modules[name]
-
-    def dependencies(self, name: str) -> tuple[str, ...]:
-        from kmend.kernel.modules import module_dependencies
-
-        return module_dependencies(self.target, name)
-
-    def world(self) -> World:
-        from kmend.verify.symbols import World
-
-        return World(self.symbols, self.vmlinux, self.exports, self.module, self.dependencies)
-
-    def traceable(self, obj: str, place: int) -> bool:
-        """Whether ftrace can redirect the function: the object's ``__mcount_loc`` lists it."""
-        from kmend.verify.rules import mcount_sites
-
-        if obj not in self._sites:
-            if obj == VMLINUX:
-                self._sites[obj] = self._vmlinux_sites()
-            else:
-                self._sites[obj] = mcount_sites(self.module(obj))
-        sites = self._sites[obj]
-        return place in sites or (obj == VMLINUX and place + 4 in sites)
-
-    def _vmlinux_sites(self) -> frozenset[int]:
-        bounds = [self.symbols.named(n) for n in ("__start_mcount_loc", "__stop_mcount_loc")]
-        if any(len(b) != 1 for b in bounds):
-            raise Failed("the image has no table of ftrace sites", rule="no-ftrace")
-        start, stop = bounds[0][0].address, bounds[1][0].address
-        data = self.image.read(start, stop - start)
-        return frozenset(struct.unpack(f"<{len(data) // 8}Q", data))
-
-    def facts(self, layout: Layout, vermagic: str) -> TargetFacts:
-        from kmend.verify.rules import TargetFacts
-
-        return TargetFacts(
-            self.target.release,
-            vermagic,
-            layout,
-            self.exports,
-            self.symbols,
-            self.optional_module,
-            self.traceable,
-        )
-
-
-def _scratch(config: Config) -> AbstractContextManager[Path]:
-    """A folder for this run only."""
-    return scratch_folder(config.cache / "scratch", "build")
-
-
-class _Lookup:
-    """What :func:`kmend.patch.reach.reach` asks of the target; the header index is read on first use."""
-
-    def __init__(self, target: Target, progress: Progress) -> None:
-        self.target, self.progress = target, progress
-        self.map = kbuild.unit_map(target)
-
-    def units(self, source: str) -> tuple[Unit, ...]:
-        return self.map.units(source)
-
-    def includers(self, source: str) -> tuple[str, ...]:
-        return self.map.includers(source)
-
-    def explain_absent(self, source: str) -> str:
-        return self.map.explain_absent(source)
-
-    def including(self, header: str) -> tuple[Unit, ...]:
-        from kmend.kernel import headers
-
-        return headers.units_reached(self.target, [header], self.progress)
+    signing: Signing | None = None
 
 
 # -- the stages ------------------------------------------------------------------------------------
@@ -232,70 +96,38 @@ class UnitWork:
     selection: Selection
 
 
-def module_name(request: BuildRequest) -> str:
+def name_of(request: BuildRequest) -> str:
     """The module's name: ``-n``, or ``kmend_`` and the first patch file's name.
 
     Raises:
         UsageError: it is no usable name for a module.
     """
     if request.name is not None:
-        name = request.name.removesuffix(".ko").replace("-", "_")
-    else:
-        stem = Path(request.patches[0][0]).name
-        for suffix in (".gz", ".patch", ".diff"):
-            stem = stem.removesuffix(suffix)
-        name = "kmend_" + re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower()
-        name = name[:MAX_MODULE_NAME].rstrip("_")
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or len(name) > MAX_MODULE_NAME:
-        raise UsageError(
-            f"{request.name!r} is no name for a module",
-            why=f"letters, digits and underscores, at most {MAX_MODULE_NAME} of them",
-            next_step="name another one with -n",
-            rule="module-name",
-        )
-    return name
+        return module_name(request.name)
+    stem = Path(request.patches[0][0]).name
+    for suffix in (".gz", ".patch", ".diff"):
+        stem = stem.removesuffix(suffix)
+    name = "kmend_" + re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower()
+    return module_name(name[:MAX_MODULE_NAME].rstrip("_"))
 
 
 def build(request: BuildRequest, config: Config, progress: Progress) -> BuildReport:
     """Build, prove and write the module and its report.
 
-    Every KmendError that speaks of the patch becomes a report with ``refused`` or ``failed``; wrong usage
-    and a machine or kernel that cannot do it (exit status 2 and 3) are raised.
+    Every KmendError that speaks of the patch becomes a report with ``refused`` or ``failed``.
+
+    Raises:
+        KmendError: wrong usage, and a machine or kernel that cannot do it (exit status 2 and 3).
     """
     timings = Timings()
-    name = module_name(request)
-    kernel = KernelId(request.release, "", "")
+    name = name_of(request)
     with timings.measure("total"):
         patchset = parse(request.patches, strip=request.strip)
         with timings.measure("fetch"):
             target = _target(request.release, config, progress)
-        kernel = KernelId(target.release, target.version, target.build_id)
-        try:
-            report = _Build(request, name, patchset, target, config, progress, timings).run()
-        except KmendError as error:
-            if error.exit_status != 1:
-                raise
-            outcome = Outcome.REFUSED if isinstance(error, Refused) else Outcome.FAILED
-            report = BuildReport(name, outcome, kernel, refused=error.reasons)
-    timings.seconds.setdefault("total", 0.0)
-    report = replace(report, timings=dict(timings.seconds))
-    if report.result is Outcome.BUILT and report.module:
-        write_report(report)
-    return report
-
-
-def write_report(report: BuildReport) -> None:
-    """Write ``NAME.json`` beside the module; without it the module goes as well."""
-    from kmend.report.build import to_document
-
-    module = Path(report.module or "")
-    try:
-        write_atomically(
-            module.with_suffix(".json"), (json.dumps(to_document(report), indent=2) + "\n").encode()
-        )
-    except KmendError:
-        module.unlink(missing_ok=True)  # without its report nobody knows what it is
-        raise
+        work = _Build(request, name, patchset, target, config, progress, timings)
+        report = reported(name, target, work.run)
+    return concluded(report, timings)
 
 
 def _target(release: Release, config: Config, progress: Progress) -> Target:
@@ -331,28 +163,26 @@ class _Build:
             self._compiler()
             applied = self._apply()
             reached = self._reach(applied)
-        with _scratch(self.config) as scratch:
+        with scratch(self.config) as folder:
+            compiler = Compiler(self.config, self.target, folder, self.progress)
             with measure("compile"):
-                pairs, view = self._compile(applied, reached, scratch)
+                pairs, view = self._compile(compiler, applied, reached)
             with measure("diff"):
-                from kmend.module.layout import read_layout
-
                 self.progress.step("comparing")
-                layout = read_layout(view.glue())
-                works = self._diff(pairs, layout)
+                works = self._diff(pairs, view)
                 if not works:
                     return self._nothing()
             with measure("verify"):
                 self.progress.step("proving against the kernel's own code")
-                proofs = self._prove(view, works, layout, scratch)
+                proofs = self._prove(view, works, compiler)
             refusals = [*dict.fromkeys(self.refusals), *(r for w in works for r in w.selection.refusals)]
             refusals += [r for p in proofs for r in p.refusals]
             if refusals:
                 raise Refused(refusals)
         with measure("link"):
-            data, rows = self._assemble(view, works, proofs, layout, applied)
+            data, rows = self._assemble(view, works, proofs, applied)
         with measure("verify"):
-            self._check(view, data, layout)
+            self._check(view, data)
         with measure("link"):
             return self._write(data, rows, proofs)
 
@@ -370,116 +200,18 @@ class _Build:
         return applied
 
     def _reach(self, applied: Applied) -> Reach:
-        reached = reach(applied, _Lookup(self.target, self.progress))
+        reached = reached_by(applied, self.target, self.progress)
         self.warnings += reached.warnings
         return reached
 
     # -- objects --------------------------------------------------------------------------------
 
-    def _compile(
-        self, applied: Applied, reached: Reach, scratch: Path
-    ) -> tuple[list[tuple[Unit, UnitObject, UnitObject]], TargetView]:
+    def _compile(self, compiler: Compiler, applied: Applied, reached: Reach) -> tuple[list[Pair], TargetView]:
         """Original and patched object of every unit; the target is opened while the compilers run."""
         views: list[TargetView] = []
-        files: dict[str, bytes | None] = {}
-        for file in applied.files:
-            if file.new != file.old:
-                controlled = file.new is not None and file.old is not None
-                files[file.path] = (
-                    with_line_control(file.new, file.origins) if controlled and file.new else file.new
-                )
-        compiled = tuple(u for u in reached.candidates if u.source.endswith(".c"))
-        commands = kbuild.commands(self.target, (*reached.units, *compiled))
-        sources = [command.source for command in commands.values()]
-        tree = overlay.make_overlay(self.target.source, files, scratch / "tree", also=sources)
-        affected = self._affected(reached, commands, files, tree, scratch)
-        commands = {unit: commands[unit] for unit in (*reached.units, *affected)}
-        pairs = compiling.compile_pairs(
-            self.config,
-            self.target,
-            commands,
-            patched_tree=tree,
-            out=scratch / "patched",
-            progress=self.progress,
-            extra_flags=compiling.SPLIT_WITH_TYPES,
-            patched_flags=include_flags(),
-            meanwhile=lambda: views.append(self._open()),
-        )
-        from kmend.diff.unit import UnitObject
-
-        out = []
-        for unit, pair in pairs.items():
-            self._only_patched(unit, tree, files, pair.patched.deps)
-            old = UnitObject.parse(pair.original.path.read_bytes(), f"{unit.obj} (original)")
-            new = UnitObject.parse(pair.patched.path.read_bytes(), f"{unit.obj} (patched)")
-            out.append((unit, old, new))
-        return out, views[0] if views else self._open()
-
-    def _only_patched(
-        self, unit: Unit, tree: Path, files: Mapping[str, bytes | None], deps: Sequence[str]
-    ) -> None:
-        """Make sure that nothing was read around the overlay."""
-        behind = overlay.read_behind(tree, self.target.source, files, deps)
-        if behind:
-            raise Failed(
-                f"{unit.obj} was compiled with the unpatched {behind[0]}",
-                why="the file was reached by a path that leads around the patched copy",
-                next_step="report the patch",
-                rule="overlay",
-            )
-
-    def _affected(
-        self,
-        reached: Reach,
-        commands: Mapping[Unit, CompileCommand],
-        files: Mapping[str, bytes | None],
-        tree: Path,
-        scratch: Path,
-    ) -> tuple[Unit, ...]:
-        """Those candidates whose preprocessed text a header change really changes.
-
-        Raises:
-            Refused: ``library-member``, ``asm-unit``: it changes one that cannot be live patched.
-        """
-        if not reached.candidates:
-            return ()
-        compiled = tuple(u for u in reached.candidates if u in commands)
-        differing = compiling.differing_units(
-            self.config,
-            self.target,
-            {unit: commands[unit] for unit in compiled},
-            patched_tree=tree,
-            scratch=scratch,
-            progress=self.progress,
-            check=lambda unit, deps: self._only_patched(unit, tree, files, deps),
-            patched_flags=include_flags(),
-        )
-        self.progress.step(
-            f"{len(differing)} of {len(compiled)} units that may include a changed header see another text"
-        )
-        refusals = [
-            Refusal(
-                "library-member",
-                unit.obj,
-                "the header change reaches a member of lib.a; which of them the kernel holds is not known",
-                "keep the change out of what this unit includes",
-            )
-            for unit in differing
-            if unit.linkage is Linkage.LIBRARY
-        ]
-        if refusals:
-            raise Refused(refusals)
-        assembly = [u for u in reached.candidates if u not in commands]
-        if assembly:
-            self.warnings.append(
-                Refusal(
-                    "asm-unit",
-                    f"{len(assembly)} assembler files, {assembly[0].source} among them",
-                    "they may include a changed header; assembler code is not compared and not replaced",
-                    "make sure that the change does not concern them",
-                )
-            )
-        return differing
+        pairs = compiler.pairs(applied, reached, lambda: views.append(self._open()))
+        self.warnings += compiler.warnings
+        return pairs, views[0] if views else self._open()
 
     def _open(self) -> TargetView:
         """The target, and the code of the stages to come: made ready while the compilers run."""
@@ -490,18 +222,18 @@ class _Build:
         view.symbols.named("_stext")  # the first question of all lets the table of names be made
         return view
 
-    def _diff(self, pairs: list[tuple[Unit, UnitObject, UnitObject]], layout: Layout) -> list[UnitWork]:
+    def _diff(self, pairs: Sequence[Pair], view: TargetView) -> list[UnitWork]:
         from kmend.diff.compare import compare
         from kmend.diff.select import select
 
         works = []
-        for unit, old, new in pairs:
-            diff = compare(old, new, layout.special_sizes())
+        for pair in pairs:
+            diff = compare(pair.old, pair.new, view.layout.special_sizes())
             selection = select(diff)
             # What is new alone changes nothing here, but another unit may need it.
             if not diff.nothing or diff.new_functions or diff.new_data or selection.refusals:
-                works.append(UnitWork(unit, diff, selection))
-                self.refusals += self._types(old, new)
+                works.append(UnitWork(pair.unit, diff, selection))
+                self.refusals += self._types(pair.old, pair.new)
             self.warnings += selection.warnings
         works = [
             w
@@ -553,9 +285,7 @@ class _Build:
 
     # -- proof ----------------------------------------------------------------------------------
 
-    def _prove(
-        self, view: TargetView, works: Sequence[UnitWork], layout: Layout, scratch: Path
-    ) -> list[Proof]:
+    def _prove(self, view: TargetView, works: Sequence[UnitWork], compiler: Compiler) -> list[Proof]:
         """Prove every unit; those of one object know of what the others bring and make global."""
         from kmend.module.output import PATCH
         from kmend.verify.symbols import Prover
@@ -579,12 +309,11 @@ class _Build:
         proofs = [prover.proof for prover in provers]
         for work, proof in zip(works, proofs, strict=True):
             if proof.mismatches:
-                self._second_look(view, work, proof, layout, scratch)
+                self._second_look(view, work, proof, compiler)
         return proofs
 
-    def _second_look(
-        self, view: TargetView, work: UnitWork, proof: Proof, layout: Layout, scratch: Path
-    ) -> None:
+    @staticmethod
+    def _second_look(view: TargetView, work: UnitWork, proof: Proof, compiler: Compiler) -> None:
         """Compare once more without ``-ffunction-sections``.
 
         With it the assembler cannot shorten a jump to another static function of the unit, so a function
@@ -592,20 +321,11 @@ class _Build:
         it must be the very code.
         """
         from kmend.diff.special import SpecialSections
-        from kmend.diff.unit import UnitObject
         from kmend.verify.symbols import Prover
 
-        command = kbuild.commands(self.target, [work.unit])[work.unit]
-        made = compiling.compile_unit(
-            self.target,
-            work.unit,
-            command,
-            tree=self.target.source,
-            out=scratch / "plain",
-            extra_flags=(),
-        )
-        plain = UnitObject.parse(made.path.read_bytes(), f"{work.unit.obj} (as the kernel was built)")
-        prover = Prover(view.world(), work.unit.owner, plain, SpecialSections(plain, layout.special_sizes()))
+        plain = compiler.as_built(work.unit)
+        special = SpecialSections(plain, view.layout.special_sizes())
+        prover = Prover(view.world(), work.unit.owner, plain, special)
         for key, mismatch in proof.mismatches.items():
             part = plain.parts.get(key)
             second = mismatch if part is None else prover.function(part)
@@ -620,56 +340,31 @@ class _Build:
     # -- module ---------------------------------------------------------------------------------
 
     def _assemble(
-        self,
-        view: TargetView,
-        works: Sequence[UnitWork],
-        proofs: Sequence[Proof],
-        layout: Layout,
-        applied: Applied,
+        self, view: TargetView, works: Sequence[UnitWork], proofs: Sequence[Proof], applied: Applied
     ) -> tuple[bytes, tuple[ObjectRow, ...]]:
-        from kmend.elf.model import SHN_UNDEF
         from kmend.module.assemble import UnitPatch, assemble
         from kmend.module.output import ModuleSpec
-        from kmend.verify.symbols import crcs_of
 
         rows = self._rows(works, proofs, applied)
-        report_hash = hashlib.sha256(
+        made_from = hashlib.sha256(
             json.dumps([[o.name, [[f.name, f.sympos, f.status] for f in o.functions]] for o in rows]).encode()
         )
-        report_hash.update(b"".join(text for _, text in self.request.patches))
-        note = {
-            "kmend": __version__,
-            "patch": self.name,
-            "title": self.patchset.title,
-            "origin": self.patchset.origin,
-            "kernel": self.target.release,
-            "build_id": self.target.build_id,
-            "report": report_hash.hexdigest(),
-        }
-        info = (
-            ("description", _one_line(self.patchset.title) or f"live patch {self.name}"),
-            ("version", __version__),
-            ("kmend_patch", self.name),
-            ("kmend_build_id", self.target.build_id),
-            ("kmend_report", report_hash.hexdigest()),
-        )
-        modules = [work.unit.owner for work in works if work.unit.owner != VMLINUX]
-        forget = view.forget() if modules else None
-        if modules and forget is None and not view.takes_back():
-            self.warnings.append(
-                Refusal(
-                    "module-reload",
-                    ", ".join(dict.fromkeys(modules)),
-                    "this kernel cannot relocate the patch a second time: while it is loaded, the module "
-                    "can be unloaded but not loaded again",
-                    "take the patch back before the module is loaded again",
-                )
-            )
-        glue = view.glue(forget=forget is not None)
-        needed = [s.name for s in glue.symbols if s.section == SHN_UNDEF and s.name]
+        made_from.update(b"".join(text for _, text in self.request.patches))
+        digest = made_from.hexdigest()
+        title, origin = self.patchset.title, self.patchset.origin
+        base = frame(view, [work.unit.owner for work in works if work.unit.owner != VMLINUX])
+        self.warnings += base.warnings
         assembled = assemble(
             ModuleSpec(
-                self.name, self.request.replace, info, json.dumps(note, sort_keys=True).encode(), forget
+                self.name,
+                self.request.replace,
+                (
+                    ("description", one_line(title) or f"live patch {self.name}"),
+                    ("version", __version__),
+                    *modinfo_of(self.target, self.name, digest=digest),
+                ),
+                note(self.target, self.name, title=title, origin=origin, digest=digest),
+                base.forget,
             ),
             [
                 UnitPatch(
@@ -677,21 +372,17 @@ class _Build:
                 )
                 for work, proof in zip(works, proofs, strict=True)
             ],
-            glue,
-            layout,
-            crcs_of([*needed, "module_layout"], view.exports),
+            base.glue,
+            view.layout,
+            base.crcs,
         )
         self.warnings += assembled.warnings
         return assembled.data, rows
 
-    def _check(self, view: TargetView, data: bytes, layout: Layout) -> None:
+    def _check(self, view: TargetView, data: bytes) -> None:
         """Hold the finished bytes against every rule, as ``kmend check`` would."""
-        from kmend.elf.reader import read
-        from kmend.module.layout import modinfo
-        from kmend.verify.rules import check
-
-        vermagic = dict(modinfo(view.glue())).get("vermagic", "")
-        checked = check(read(data, self.name), view.facts(layout, vermagic), self.name)
+        checked = view.check(data, self.name)
+        self.warnings += checked.warnings
         if checked.refusals:
             raise Refused(checked.refusals)
 
@@ -737,27 +428,19 @@ class _Build:
 
     # -- results --------------------------------------------------------------------------------
 
-    def _kernel(self) -> KernelId:
-        return KernelId(self.target.release, self.target.version, self.target.build_id)
-
     def _nothing(self) -> BuildReport:
-        return BuildReport(self.name, Outcome.NOTHING_CHANGED, self._kernel(), warnings=tuple(self.warnings))
+        warnings = tuple(dict.fromkeys(self.warnings))
+        return BuildReport(self.name, Outcome.NOTHING_CHANGED, kernel_id(self.target), warnings=warnings)
 
     def _write(self, data: bytes, rows: tuple[ObjectRow, ...], proofs: Sequence[Proof]) -> BuildReport:
-        path = self.request.output / f"{self.name}.ko"
-        if self.request.sign_key is not None and self.request.sign_cert is not None:
-            from kmend.kernel.sign import sign
-
-            data = sign(self.target, data, self.request.sign_key, self.request.sign_cert)
-        write_atomically(path, data)
-        return BuildReport(
+        return written(
+            self.target,
             self.name,
-            Outcome.BUILT,
-            self._kernel(),
-            module=str(path),
-            sha256=hashlib.sha256(data).hexdigest(),
+            data,
+            self.request.output,
+            self.request.signing,
             objects=rows,
-            warnings=tuple(dict.fromkeys(self.warnings)),
+            warnings=self.warnings,
             verified=Verified(sum(p.functions for p in proofs), sum(p.identical for p in proofs), ()),
         )
 
@@ -770,29 +453,3 @@ def _why(name: str, difference: str, edited: frozenset[str], inlined: list[str])
     if inlined:
         return f"inlines {', '.join(inlined)}, edited ({difference})"
     return f"compiled differently: {difference}"
-
-
-def include_flags() -> tuple[str, ...]:
-    """Lets patched code find ``kmend.h``, ``kpatch-macros.h`` and ``kpatch-syscall.h``, after all else."""
-    return ("-idirafter", str(Path(__file__).parent / "module" / "include"))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:120]
-
-
-def check_module(data: bytes, name: str, target: Target, config: Config) -> Checked:
-    """Every rule of :mod:`kmend.verify.rules` for a finished module.
-
-    Raises:
-        UsageError: no ELF file, no livepatch module.
-    """
-    from kmend.elf.reader import read
-    from kmend.module.layout import modinfo, read_layout
-    from kmend.verify.rules import check
-
-    elf = read(data, name)
-    view = TargetView(config, target)
-    glue = view.glue()
-    vermagic = dict(modinfo(glue)).get("vermagic", "")
-    return check(elf, view.facts(read_layout(glue), vermagic), name)

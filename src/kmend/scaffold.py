@@ -17,8 +17,8 @@ from kmend.core.target import VMLINUX, Release, Target
 from kmend.kernel import kbuild, store
 from kmend.module.descriptor import FILE, PREFIX
 from kmend.patch.extract import Function, find_function, includes, needed_by
-from kmend.pipeline import TargetView
 from kmend.verify.symbols import module_places
+from kmend.view import TargetView
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 

@@ -22,7 +22,7 @@ from kmend.kernel import kbuild
 from kmend.kernel.vmlinux import Image
 from kmend.module.describe import describe, klp_symbols
 from kmend.module.layout import modinfo, read_layout
-from kmend.pipeline import TargetView
+from kmend.view import TargetView
 
 pytestmark = pytest.mark.target
 

@@ -16,9 +16,9 @@ from kmend.diff.special import SpecialSections
 from kmend.diff.unit import Part, UnitObject
 from kmend.kernel import compile as compiling
 from kmend.kernel import kbuild
-from kmend.pipeline import TargetView
 from kmend.verify.provenance import Findings, ModuleBinary, VmlinuxBinary
 from kmend.verify.symbols import Prover
+from kmend.view import TargetView
 
 pytestmark = pytest.mark.target
 

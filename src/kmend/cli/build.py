@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from kmend.cli import output
 from kmend.cli.context import Context
 from kmend.cli.files import read_file
 from kmend.core.errors import UsageError
 from kmend.core.report import Outcome
-from kmend.core.target import Release
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``build``."""
     parser.add_argument("patch", nargs="+", help="patch file, or a quilt series file; - is standard input")
-    parser.add_argument(
-        "--kernel", metavar="RELEASE", help="the kernel to build for (default: the running one)"
-    )
-    parser.add_argument("-o", "--output", metavar="DIR", default=".", help="where NAME.ko and NAME.json go")
-    parser.add_argument("-n", "--name", help="the module's name (default: from the first patch file)")
+    output.configure(parser, name="from the first patch file")
     parser.add_argument(
         "--no-replace",
         action="store_true",
@@ -33,8 +28,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--strip", type=_number, metavar="N", help="leading folders to take off the names in the patch"
     )
-    parser.add_argument("--sign-key", metavar="FILE", help="private key (PEM or PKCS#11 URI) to sign with")
-    parser.add_argument("--sign-cert", metavar="FILE", help="its X.509 certificate")
 
 
 def _number(text: str) -> int:
@@ -48,32 +41,17 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from kmend.pipeline import BuildRequest, build
     from kmend.report.build import to_document, to_text
 
-    if bool(args.sign_key) != bool(args.sign_cert):
-        raise UsageError(
-            "--sign-key and --sign-cert belong together",
-            why="the kernel looks for the certificate's key id in a signature",
-            next_step="give both",
-            rule="usage",
-        )
-    output = Path(args.output)
-    if not output.is_dir() or not os.access(output, os.W_OK):
-        raise UsageError(
-            f"{output} is no folder that can be written",
-            why="the module and its report go there",
-            next_step="make it, or name another one with -o",
-            rule="unwritable",
-        )
+    signing, folder = output.signing(args), output.folder(args)
     patches, strip = read_patches(args.patch, args.strip)
     request = BuildRequest(
         patches=patches,
-        release=Release(os.uname().release if args.kernel is None else args.kernel),
-        output=output,
+        release=output.release(args),
+        output=folder,
         name=args.name,
         replace=not args.no_replace,
         fuzz=args.fuzz,
         strip=strip,
-        sign_key=args.sign_key,
-        sign_cert=Path(args.sign_cert) if args.sign_cert else None,
+        signing=signing,
     )
     report = build(request, context.config, context.progress)
     context.emit(to_document(report))

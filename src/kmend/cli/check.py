@@ -22,14 +22,14 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from kmend.elf.reader import read
     from kmend.kernel import store
     from kmend.module.describe import describe
-    from kmend.pipeline import check_module
+    from kmend.view import TargetView
 
     data = read_file(args.module, "a livepatch module (.ko)")
     description = describe(read(data, args.module), None, args.module)
     target = store.open_target(
         context.config, Release(description.release if args.kernel is None else args.kernel)
     )
-    checked = check_module(data, args.module, target, context.config)
+    checked = TargetView(context.config, target).check(data, args.module)
     context.emit(
         {
             "schema": 1,

@@ -21,15 +21,14 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from kmend.elf.reader import read
     from kmend.kernel.prepared import open_target
     from kmend.module.describe import describe
-    from kmend.module.layout import read_layout
-    from kmend.pipeline import TargetView
+    from kmend.view import TargetView
 
     data = read_file(args.module, "a livepatch module (.ko)")
     elf = read(data, args.module)
     found = describe(elf, None, args.module)
     try:
         target = open_target(context.config, Release(found.release))
-        found = describe(elf, read_layout(TargetView(context.config, target).glue()), args.module)
+        found = describe(elf, TargetView(context.config, target).layout, args.module)
     except KmendError:
         pass  # without the kernel's layout the rest can still be told
     document = {

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
     match args.action:
         case "fetch":
-            from kmend.pipeline import TargetView
+            from kmend.view import TargetView
 
             target = fetch(args, context)
             TargetView(context.config, target).glue()  # else the first build would have to compile it

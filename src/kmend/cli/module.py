@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from kmend.cli import output
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.report import Outcome
-from kmend.core.target import Release
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DIR-or-TOML",
         help="a folder with C files and kmend.toml, such a file, or a C file with its own module_init",
     )
-    parser.add_argument(
-        "--kernel", metavar="RELEASE", help="the kernel to build for (default: the running one)"
-    )
-    parser.add_argument("-o", "--output", metavar="DIR", default=".", help="where NAME.ko and NAME.json go")
-    parser.add_argument("-n", "--name", help="the module's name (default: from kmend.toml, or the folder's)")
-    parser.add_argument("--sign-key", metavar="FILE", help="private key (PEM or PKCS#11 URI) to sign with")
-    parser.add_argument("--sign-cert", metavar="FILE", help="its X.509 certificate")
+    output.configure(parser, name="from kmend.toml, or the folder's")
     new = parser.add_argument_group("a beginning")
     new.add_argument("--new", metavar="NAME", help="make a folder NAME to begin with, instead of building")
     new.add_argument(
@@ -50,37 +43,17 @@ def run(args: argparse.Namespace, context: Context) -> int:
             next_step="see `kmend module --help`",
             rule="usage",
         )
-    if bool(args.sign_key) != bool(args.sign_cert):
-        raise UsageError(
-            "--sign-key and --sign-cert belong together",
-            why="the kernel looks for the certificate's key id in a signature",
-            next_step="give both",
-            rule="usage",
-        )
     request = ModuleRequest(
         path=Path(args.path),
-        release=Release(args.kernel or os.uname().release),
-        output=_output(args),
+        release=output.release(args),
+        output=output.folder(args),
         name=args.name,
-        sign_key=args.sign_key,
-        sign_cert=Path(args.sign_cert) if args.sign_cert else None,
+        signing=output.signing(args),
     )
     report = build_module(request, context.config, context.progress)
     context.emit(to_document(report))
     context.say(to_text(report))
     return 0 if report.result is Outcome.BUILT else 1
-
-
-def _output(args: argparse.Namespace) -> Path:
-    output = Path(args.output)
-    if not output.is_dir() or not os.access(output, os.W_OK):
-        raise UsageError(
-            f"{output} is no folder that can be written",
-            why="the module and its report go there",
-            next_step="make it, or name another one with -o",
-            rule="unwritable",
-        )
-    return output
 
 
 def _new(args: argparse.Namespace, context: Context) -> int:
@@ -98,8 +71,8 @@ def _new(args: argparse.Namespace, context: Context) -> int:
             name=args.new,
             functions=tuple(args.func),
             obj=args.object,
-            release=Release(args.kernel or os.uname().release),
-            output=_output(args),
+            release=output.release(args),
+            output=output.folder(args),
             source=args.source,
         ),
         context.config,
@@ -117,8 +90,6 @@ def _new(args: argparse.Namespace, context: Context) -> int:
     lines = [f"{made.folder}: {', '.join(made.files)}"]
     lines += [f"  {name} from {source}" for name, source in made.functions]
     lines += [f"  note: {note}" for note in made.notes]
-    lines.append(
-        f"change the text, then: kmend module {made.folder} --kernel {args.kernel or os.uname().release}"
-    )
+    lines.append(f"change the text, then: kmend module {made.folder} --kernel {output.release(args)}")
     context.say("\n".join(lines))
     return 0
