@@ -19,7 +19,8 @@ from kmend.core.errors import Failed, Refused, Unable, UsageError
 from kmend.core.progress import Silent
 from kmend.core.run import Children
 from kmend.core.target import Release, Target
-from kmend.kernel import prepare, prepared, store, work
+from kmend.kernel import custom, prepare, prepared, store, work
+from kmend.kernel import folder as folder_of
 from kmend.kernel.work import Work
 
 RELEASE = Release("6.1.0-55-amd64")
@@ -47,7 +48,7 @@ def a_target(config: Config, key: str, source_version: str = "6.1.192-1") -> Tar
         source=folder / "source", config=folder / "config", symvers=folder / "symvers",
         vmlinux=folder / "vmlinux", vmlinuz=None, modules=folder / "modules", compiler="gcc-12",
     )  # fmt: skip
-    store._write(target, origin="test")
+    folder_of.write_target(target, origin="test")
     return target
 
 
@@ -119,8 +120,8 @@ def test_a_custom_target_serves_its_release_unless_a_packaged_one_is_there(confi
 def test_indexes_of_an_older_form_are_made_anew(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     target = a_target(config, RELEASE)
     made: list[str] = []
-    monkeypatch.setattr(store, "_index_image", lambda target, progress: made.append("image"))
-    monkeypatch.setattr(store, "_index_source", lambda target, progress: made.append("source"))
+    monkeypatch.setattr(store, "index_image", lambda target, progress: made.append("image"))
+    monkeypatch.setattr(store, "index_source", lambda target, progress: made.append("source"))
     monkeypatch.setattr(store, "INDEXES", store.INDEXES + 1)
     monkeypatch.setattr(prepared.read, "__kwdefaults__", {"indexes": store.INDEXES})
     assert store.list_targets(config) == ()
@@ -167,9 +168,9 @@ def test_a_part_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_refused_before_anything_is_done(config: Config) -> None:
     config.targets.mkdir(parents=True)
-    store._need_room(config, 1)
+    folder_of.need_room(config, 1)
     with pytest.raises(Failed) as caught:
-        store._need_room(config, 10**18)
+        folder_of.need_room(config, 10**18)
     assert (caught.value.rule, caught.value.exit_status) == ("disk-full", 1)
 
 
@@ -283,7 +284,7 @@ def source(tmp_path: Path) -> Path:
 
 def contradictions(source: Path, config: str, vmlinux: bytes = b"", banner: str = BANNER) -> list[str]:
     try:
-        store._belong_together(source, config, vmlinux, prepare.parse_banner(banner), None)
+        custom._belong_together(source, config, vmlinux, prepare.parse_banner(banner), None)
     except Refused as refused:
         assert {r.rule for r in refused.refusals} == {"custom-mismatch"}
         return [f"{r.what}: {r.why}" for r in refused.refusals]
