@@ -9,6 +9,7 @@ Format: Documentation/bpf/btf.rst.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ _TAIL = {
     _ENUM64: (0, 12),
 }
 _SHELLS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
+#: Kinds whose third word is a type's number.
+_LEADS = (_PTR, *_SHELLS, _FUNC, _VAR, _DECL_TAG)
+#: How deeply types may be nested in one another without a name.
+_DEEPEST = 200
+#: Characters of a type's description beyond which a digest stands for it.
+_LONGEST = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +67,32 @@ class Layout:
     members: tuple[Member, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter, or with the name ``return`` what a function returns.
+
+    ``type`` is a text that is equal for types that a caller hands over in the same way: size for numbers,
+    what it points at for a pointer. A parameter that stands for ``...`` has the type ``...``.
+    """
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prototype:
+    """What a caller of a function has to know."""
+
+    returns: Parameter
+    parameters: tuple[Parameter, ...]
+
+
 class Types:
     """The named types of one object."""
 
     def __init__(self, data: bytes, where: str) -> None:
         self._where = where
+        self._texts: dict[int, str] = {}
         try:
             magic, _, _, length, type_at, type_len, text_at, text_len = _HEADER.unpack_from(data)
             if magic != _MAGIC:
@@ -73,6 +101,7 @@ class Types:
                 raise ValueError("it is truncated")
             self._text = data[length + text_at : length + text_at + text_len]
             self._rows = list(self._read(data[length + type_at : length + type_at + type_len]))
+            self._check()
         except (ValueError, struct.error) as error:
             raise Failed(f"{where}: the types cannot be read", why=str(error), rule="bad-btf") from error
 
@@ -93,11 +122,75 @@ class Types:
             yield (kind, name, size, info, data[at + _TYPE.size : end])
             at = end
 
+    def _check(self) -> None:
+        """Everything that a type leads to is there, and no type is a part of itself.
+
+        Raises:
+            ValueError: it is not so; what comes later relies on it.
+        """
+        count, room = len(self._rows), len(self._text)
+        inner: dict[int, tuple[int, ...]] = {}
+        for index, (kind, name, size, info, tail) in enumerate(self._rows):
+            fixed, each = _TAIL.get(kind, (0, 0))
+            if kind > _ENUM64 or len(tail) != fixed + each * (info & 0xFFFF) or name > room:
+                raise ValueError(f"type {index} is damaged")
+            leads: tuple[int, ...] = ()
+            if kind in _LEADS:
+                leads = (size,)
+            elif kind == _ARRAY:
+                leads = struct.unpack("<III", tail)[:1]
+            elif kind in (_STRUCT, _UNION):
+                leads = struct.unpack(f"<{len(tail) // 4}I", tail)[1::3]
+            elif kind == _PROTO:
+                leads = (size, *struct.unpack(f"<{len(tail) // 4}I", tail)[1::2])
+            if leads and max(leads) >= count:
+                raise ValueError(f"type {index} leads to a type that does not exist")
+            if kind in _SHELLS or kind == _ARRAY or (kind in (_STRUCT, _UNION) and not name):
+                inner[index] = leads
+        self._check_depth(inner)
+
+    @staticmethod
+    def _check_depth(inner: dict[int, tuple[int, ...]]) -> None:
+        """``inner``: what is described together with a type; a C compiler nests to some tens."""
+        height: dict[int, int] = {}
+        for start in inner:
+            path = [(start, iter(inner[start]))]
+            open_ = {start}
+            while path:
+                index, rest = path[-1]
+                child = next((c for c in rest if c in inner and c not in height), None)
+                if child is None:
+                    height[index] = 1 + max((height.get(c, 0) for c in inner[index]), default=0)
+                    open_.discard(index)
+                    path.pop()
+                elif child in open_:
+                    raise ValueError(f"type {child} is a part of itself")
+                elif len(path) > _DEEPEST:
+                    raise ValueError(f"type {start} is nested too deeply")
+                else:
+                    open_.add(child)
+                    path.append((child, iter(inner[child])))
+        if max(height.values(), default=0) > _DEEPEST:
+            raise ValueError("types are nested too deeply")
+
     def _name(self, offset: int) -> str:
         return self._text[offset : self._text.find(b"\0", offset)].decode(errors="replace")
 
     def _describe(self, index: int, depth: int = 0) -> str:
-        """A text for a field's type: what matters for layout and nothing else."""
+        """A text for a field's type: what matters for layout and nothing else.
+
+        Made once for each type; the digest of a text stands for a very long one, since a type without a name
+        is described in full at each place that it is used at.
+        """
+        text = self._texts.get(index)
+        if text is None:
+            text = self._description(index, depth)
+            if len(text) > _LONGEST:
+                text = f"{text[:60]}… {hashlib.sha256(text.encode()).hexdigest()}"
+            self._texts[index] = text
+        return text
+
+    def _description(self, index: int, depth: int) -> str:
         kind, name, size, _, tail = self._rows[index]
         while kind in _SHELLS:
             index = size
@@ -164,6 +257,48 @@ class Types:
             if row[0] in (_ENUM, _ENUM64)
             for member in self._layout(index).members
         }
+
+    @cached_property
+    def functions(self) -> dict[str, int]:
+        """Function -> type number of its prototype: those that the object defines or refers to.
+
+        gcc 12 names the parameters of a function that is defined, and of no other; where a name stands
+        there twice the definition counts.
+        """
+        out: dict[str, int] = {}
+        for kind, name, proto, _, _ in self._rows:
+            if kind != _FUNC or not name or proto >= len(self._rows):
+                continue
+            text = self._name(name)
+            if text not in out or struct.unpack("<I", self._rows[proto][4][:4] or bytes(4)) != (0,):
+                out[text] = proto
+        return out
+
+    def prototype(self, name: str) -> Prototype:
+        """The prototype of a function (a key of :attr:`functions`)."""
+        _, _, returns, _, tail = self._rows[self.functions[name]]
+        rows = [(self._name(text), index) for text, index in struct.iter_unpack("<II", tail)]
+        parameters = [Parameter(text, self._handed(index) if index else "...") for text, index in rows]
+        return Prototype(Parameter("return", self._handed(returns)), tuple(parameters))
+
+    def _handed(self, index: int) -> str:
+        """A text for a parameter's type: :meth:`_describe`, and what a pointer points at by its name."""
+        kind, _, inner, _, _ = self._shelled(index)
+        if kind != _PTR:
+            return self._describe(index)
+        kind, name, _, info, _ = self._shelled(inner)
+        if kind in (_STRUCT, _UNION, _FWD) and name:
+            union = kind == _UNION or (kind == _FWD and info >> 31)
+            return f"{'union' if union else 'struct'} {self._name(name)} *"
+        if kind in (_INT, _ENUM, _ENUM64, _FLOAT):
+            return f"pointer to {self._describe(inner)}"
+        return "pointer to a pointer" if kind == _PTR else "pointer"
+
+    def _shelled(self, index: int) -> tuple[int, int, int, int, bytes]:
+        row = self._rows[index]
+        while row[0] in _SHELLS:
+            row = self._rows[row[2]]
+        return row
 
     def layout(self, name: str) -> Layout:
         """The layout of a named type (a key of :attr:`named`)."""
