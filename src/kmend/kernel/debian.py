@@ -66,6 +66,13 @@ class Package:
     installed: int
     depends: str
     archive: Apt = field(repr=False, compare=False)
+    source: str = ""
+
+    @property
+    def built_from(self) -> tuple[str, str]:
+        """Name and version of the source package: its own, or what the field ``Source`` says."""
+        match = re.fullmatch(r"(\S+)(?:\s+\(([^)]+)\))?", self.source.strip())
+        return (match[1], match[2] or self.version) if match else (self.name, self.version)
 
     @property
     def file_name(self) -> str:
@@ -88,6 +95,15 @@ class PackageSet:
     def all(self) -> tuple[Package, ...]:
         return (self.headers, self.image, self.source)
 
+    @property
+    def featureset(self) -> str:
+        """``rt`` when the kernel is built from the common source plus patches of that name; else empty.
+
+        Debian names the featureset in the package of common headers: ``linux-headers-6.1.0-50-common-rt``.
+        """
+        match = re.search(r"-common-([a-z0-9]+)=", self.common)
+        return match[1] if match else ""
+
 
 class OfflineError(Unable):
     """No package server could be reached."""
@@ -102,15 +118,22 @@ class Apt:
     """apt with the machine's settings, or with a state of its own.
 
     ``settings`` is a file of apt settings read after the machine's own (APT_CONFIG); None: the
-    machine's lists as they are. ``title`` names the archive for people.
+    machine's lists as they are. ``title`` names the archive for people. ``lines`` are the lines of its
+    sources.list; None: the machine's own sources.
     """
 
     title: str
     settings: Path | None = None
+    lines: str | None = None
 
     @cached_property
-    def _env(self) -> Mapping[str, str]:
+    def env(self) -> Mapping[str, str]:
+        """What its programs need in their environment."""
         return {} if self.settings is None else {"APT_CONFIG": str(self.settings)}
+
+    def command(self, program: str) -> list[str]:
+        """``apt-get`` or ``apt-cache`` with the options that hold for all of them."""
+        return [program, *self._options]
 
     @cached_property
     def _options(self) -> tuple[str, ...]:
@@ -122,7 +145,7 @@ class Apt:
         Raises:
             Unable: apt is not there.
         """
-        result = work.run(["apt-cache", *self._options, "show", *names], env=self._env, check=False)
+        result = work.run([*self.command("apt-cache"), "show", *names], env=self.env, check=False)
         return tuple(self._packages(result.text))
 
     def _packages(self, text: str) -> Iterable[Package]:
@@ -146,13 +169,12 @@ class Apt:
                 installed=int(installed) * 1024 if installed.isdigit() else 0,
                 depends=fields.get("Depends", ""),
                 archive=self,
+                source=fields.get("Source", ""),
             )
 
     def kernels(self, work: Work) -> tuple[Release, ...]:
         """The releases of all kernel images in the lists."""
-        result = work.run(
-            ["apt-cache", *self._options, "pkgnames", "linux-image-"], env=self._env, check=False
-        )
+        result = work.run([*self.command("apt-cache"), "pkgnames", "linux-image-"], env=self.env, check=False)
         names = (line.removeprefix("linux-image-") for line in result.text.split())
         return tuple(
             Release(name)
@@ -172,7 +194,7 @@ class Apt:
             OfflineError: no server was reached.
             Failed: apt refused for another reason (a signature, a damaged list); its words are in ``why``.
         """
-        result = work.run(["apt-get", *self._options, "-q=2", "update"], env=self._env, check=False)
+        result = work.run([*self.command("apt-get"), "-q=2", "update"], env=self.env, check=False)
         said = result.errors.strip()
         if result.status != 0 or _OFFLINE.search(said):
             raise self._complaint("the package lists could not be fetched", said)
@@ -188,29 +210,37 @@ class Apt:
             GoneError: the server does not have the file; the lists are old.
             Failed: rule ``corrupt-package``: what the server delivers is not what the lists promise.
         """
-        path = folder / package.file_name
-        if has_sha256(path, package.sha256):
+        return self.get(
+            work,
+            ["download", f"{package.name}={package.version}"],
+            folder / package.file_name,
+            package.size,
+            package.sha256,
+        )
+
+    def get(self, work: Work, arguments: Sequence[str], path: Path, size: int, sha256: str) -> Path:
+        """Have ``apt-get ARGUMENTS`` fetch the file ``path``, whose size and SHA-256 the lists name.
+
+        Raises:
+            OfflineError, GoneError, Failed: as :meth:`download`.
+        """
+        if has_sha256(path, sha256):
             return path
-        if path.exists() and path.stat().st_size >= package.size:
+        if path.exists() and path.stat().st_size >= size:
             path.unlink()  # apt would take a file of the right size for the right file
         for attempt in (1, 2):
             result = work.run(
-                ["apt-get", *self._options, "-q=2", "download", f"{package.name}={package.version}"],
-                cwd=folder,
-                env=self._env,
-                check=False,
+                [*self.command("apt-get"), "-q=2", *arguments], cwd=path.parent, env=self.env, check=False
             )
-            if has_sha256(path, package.sha256):
+            if has_sha256(path, sha256):
                 return path
-            if result.status != 0 and attempt == 2:
-                raise self._complaint(f"{package.file_name} could not be downloaded", result.errors.strip())
-            if result.status != 0 and not _GONE.search(result.errors):
-                raise self._complaint(f"{package.file_name} could not be downloaded", result.errors.strip())
+            if result.status != 0 and (attempt == 2 or not _GONE.search(result.errors)):
+                raise self._complaint(f"{path.name} could not be downloaded", result.errors.strip())
             # the continued part was no beginning of this file: once more from nothing
             path.unlink(missing_ok=True)
         raise Failed(
-            f"{package.file_name} is damaged",
-            why=f"even after a second download its SHA-256 is not {package.sha256}, as {self.title} promises",
+            f"{path.name} is damaged",
+            why=f"even after a second download its SHA-256 is not {sha256}, as {self.title} promises",
             next_step="run again later, or use another mirror",
             rule="corrupt-package",
         )
@@ -238,11 +268,19 @@ def machine() -> Apt:
     return Apt("this machine's package lists")
 
 
-def private(config: Config, name: str, *, title: str, sources: str | None, extra: Sequence[str] = ()) -> Apt:
+def private(
+    config: Config,
+    name: str,
+    *,
+    title: str,
+    sources: str | None,
+    deb822: str = "",
+    extra: Sequence[str] = (),
+) -> Apt:
     """apt with its own lists below kmend's cache, so that it needs no root and changes nothing.
 
-    ``sources`` are the lines of a sources.list; None: the machine's own sources. ``extra`` are more
-    lines of apt settings.
+    ``sources`` are the lines of a sources.list; None: the machine's own sources. ``deb822`` are more
+    entries, as stanzas. ``extra`` are more lines of apt settings.
 
     Raises:
         Failed: the cache cannot be written.
@@ -279,12 +317,13 @@ def private(config: Config, name: str, *, title: str, sources: str | None, extra
     ]
     if sources is not None:
         write_atomically(root / "sources.list", sources.encode())
-        lines += [f'Dir::Etc::sourcelist "{root}/sources.list";', f'Dir::Etc::sourceparts "{root}/empty";']
+        write_atomically(root / "parts" / "kmend.sources", deb822.encode())
+        lines += [f'Dir::Etc::sourcelist "{root}/sources.list";', f'Dir::Etc::sourceparts "{root}/parts";']
     write_atomically(root / "main.conf", ("\n".join(lines) + "\n").encode())
     settings = root / "apt.conf"
     first = f'Dir::Etc::parts "{root}/empty";\nDir::Etc::main "{root}/main.conf";\n'
     write_atomically(settings, first.encode())
-    return Apt(title, settings)
+    return Apt(title, settings, sources)
 
 
 def has_sha256(path: Path, sha256: str) -> bool:

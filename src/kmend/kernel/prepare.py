@@ -51,12 +51,12 @@ TOOLS = (
 SBIN = "/usr/sbin:/sbin"
 
 
-def missing_tools() -> tuple[Tool, ...]:
-    """The rows of :data:`TOOLS` that this machine lacks."""
-    lacking = [t for t in TOOLS if not t.name.startswith("<") and not find_program(t.name)]
+def missing_tools(tools: tuple[Tool, ...] = TOOLS) -> tuple[Tool, ...]:
+    """The rows of ``tools`` that this machine lacks."""
+    lacking = [t for t in tools if not t.name.startswith("<") and not find_program(t.name)]
     if any(t.name == "gcc" for t in lacking):
         return tuple(lacking)  # headers can only be asked of a compiler
-    for tool in TOOLS:
+    for tool in tools:
         if tool.name.startswith("<"):
             text = f"#include {tool.name}\n".encode()
             if run(["gcc", "-E", "-x", "c", "-o", "/dev/null", "-"], stdin=text, check=False).status != 0:
@@ -69,9 +69,9 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=SBIN)
 
 
-def need_tools() -> None:
+def need_tools(tools: tuple[Tool, ...] = TOOLS) -> None:
     """Raise Unable (rule ``missing-tool``) naming every tool and package that is lacking."""
-    if lacking := missing_tools():
+    if lacking := missing_tools(tools):
         raise Unable(
             f"this machine lacks {', '.join(t.name for t in lacking)}",
             why="; ".join(f"{t.name}: {t.why}" for t in lacking),

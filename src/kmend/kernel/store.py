@@ -33,7 +33,7 @@ from kmend.core.files import write_atomically
 from kmend.core.progress import Progress
 from kmend.core.run import Children
 from kmend.core.target import Release, Target
-from kmend.kernel import debian, prepare
+from kmend.kernel import debian, packaging, prepare
 from kmend.kernel.custom import custom
 from kmend.kernel.folder import (
     SOURCE_ROOM,
@@ -173,21 +173,19 @@ def _build(config: Config, work: Work, packages: debian.PackageSet, began: float
         folder.mkdir(parents=True, exist_ok=True)
         downloads.mkdir(parents=True, exist_ok=True)
         (folder / "target.json").unlink(missing_ok=True)
+        patches = packaging.get(config, work, packages, downloads)
         try:
-            target = _parallel(config, work, packages, folder, downloads)
+            target = _parallel(config, work, packages, patches, folder, downloads)
         except debian.GoneError:
             # the lists name what the server has no longer: once more with new ones
             lookup = debian.find(config, work, release, packages.version, anew=True)
             packages = lookup.found or _find_old(config, work, release, packages.version, lookup.trouble)
-            target = _parallel(config, work, packages, folder, downloads)
+            target = _parallel(config, work, packages, patches, folder, downloads)
         index_source(target, work.progress)
         write_target(
             target,
             origin=packages.image.archive.title,
-            packages=[
-                {"name": p.name, "version": p.version, "sha256": p.sha256, "size": p.size}
-                for p in packages.all
-            ],
+            packages=_record(packages, patches),
             seconds=round(time.monotonic() - began, 1),
         )
     except (KmendError, OSError) as error:
@@ -208,13 +206,18 @@ def _build(config: Config, work: Work, packages: debian.PackageSet, began: float
 
 
 def _parallel(
-    config: Config, work: Work, packages: debian.PackageSet, folder: Path, downloads: Path
+    config: Config,
+    work: Work,
+    packages: debian.PackageSet,
+    patches: packaging.Patches | None,
+    folder: Path,
+    downloads: Path,
 ) -> Target:
     """The parts side by side: the image is unpacked and indexed while the source is unpacked and prepared."""
     work = replace(work, children=Children())
     if _present(downloads, packages) < sum(p.size for p in packages.all):
         work.progress.step(_download_text(packages))
-    parts = _Parts(config, work, packages, folder, downloads)
+    parts = _Parts(config, work, packages, patches, folder, downloads)
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="kmend-fetch") as pool:
         headers = pool.submit(parts.headers)
         image = pool.submit(parts.image, headers)
@@ -257,6 +260,7 @@ class _Parts:
     config: Config
     work: Work
     packages: debian.PackageSet
+    patches: packaging.Patches | None
     folder: Path
     downloads: Path
 
@@ -273,14 +277,12 @@ class _Parts:
         for name in (".config", "Module.symvers", ".kernelvariables"):
             if not (root / name).is_file():
                 raise _bad_package(package, f"it has no {name}")
-        if re.search(r"^CONFIG_PREEMPT_RT=y$", (root / ".config").read_text(), re.MULTILINE):
+        if not re.search(r"^CONFIG_LIVEPATCH=y$", (root / ".config").read_text(), re.MULTILINE):
             raise Unable(
-                f"{self.packages.release} is a real-time kernel",
-                why="Debian builds it with the patches of debian/patches-rt, which "
-                f"{self.packages.source.name} does not contain",
-                next_step="apply those patches of the source package to a tree and name it: "
-                "kmend kernel fetch --source DIR --config FILE --vmlinux FILE",
-                rule="rt-source",
+                f"{self.packages.release} cannot be live-patched",
+                why="its configuration has no CONFIG_LIVEPATCH=y",
+                next_step="boot a kernel that has it",
+                rule="no-livepatch",
             )
         shutil.copyfile(root / ".config", self.folder / "config")
         shutil.copyfile(root / "Module.symvers", self.folder / "symvers")
@@ -332,26 +334,25 @@ class _Parts:
         index_image(image.result(), self.work.progress)
 
     def source(self, headers: Future[_Headers], image: Future[Target]) -> Target:
-        package, folder = self.packages.source, self.folder
+        package, folder, patches = self.packages.source, self.folder, self.patches
+        made_of = [package.sha256, self.packages.headers.sha256]
+        if patches:
+            made_of.append(patches.packaging.sha256)
 
         def build() -> dict[str, str]:
             deb = self._get(package)
             self.work.progress.step("unpacking the kernel source")
             unpack_source(self.work, deb, folder / "source")
+            if patches:
+                patches.apply(self.work, folder / "source", folder / "patches")
+                remove_tree(self.work, folder / "patches")
             parts, target = headers.result(), image.result()
             make = prepare.variables(prepare.parse_banner(target.banner), parts.compiler, parts.package_id)
             prepare.configure(self.work, folder / "source", folder / "config", folder / "symvers", make)
             prepare.compare_generated(folder / "source", parts.root)
             return {}
 
-        _stage(
-            self.work,
-            folder,
-            "source",
-            f"{package.sha256} {self.packages.headers.sha256}",
-            ("source",),
-            build,
-        )
+        _stage(self.work, folder, "source", " ".join(made_of), ("source", "patches"), build)
         target = image.result()
         remove_tree(self.work, folder / "headers")
         return target
@@ -407,6 +408,17 @@ def _index_anew(target: Target, progress: Progress) -> Target:
 def _modules_root(image: Path) -> Path:
     """The folder that ``lib/modules`` lies in: packages of Debian 13 and later have it below ``usr``."""
     return image if (image / "lib" / "modules").is_dir() else image / "usr"
+
+
+def _record(packages: debian.PackageSet, patches: packaging.Patches | None) -> list[dict[str, object]]:
+    """The files that the target was made of, for its record."""
+    rows: list[dict[str, object]] = [
+        {"name": p.name, "version": p.version, "sha256": p.sha256, "size": p.size} for p in packages.all
+    ]
+    if patches:
+        p = patches.packaging
+        rows.append({"name": p.file_name, "version": p.version, "sha256": p.sha256, "size": p.size})
+    return rows
 
 
 def _download_text(packages: debian.PackageSet) -> str:
