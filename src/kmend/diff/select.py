@@ -363,14 +363,27 @@ class _Selector:
                 continue
             if self._wanted_as_it_is(section.name, section_class(self.new, part)):
                 continue
-            rule = "init-data" if is_init(section) else "changed-data"
+            before = self.old.parts[self.diff.twins.original[key]]
+            if not is_init(section) and (
+                before.size != part.size or self.old.section_of(before).flags != section.flags
+            ):
+                # Nobody may allow this: new code would read or write beyond the old variable, or into
+                # memory that is read-only.
+                self.refuse(
+                    "reshaped-data",
+                    part.name,
+                    f"{difference.what}; the running kernel has it as it was, and the new code would go by "
+                    "its new shape",
+                    "keep the variable as it is and define another one for the new code",
+                )
+                continue
             self.refuse(
-                rule,
+                "init-data" if is_init(section) else "changed-data",
                 part.name,
                 f"the patch changes the contents of a variable in {section.name} ({difference.what}); "
                 "the running kernel has its own copy, possibly modified since",
-                "change the variable at run time from a patched function, or leave the change "
-                "to the next reboot",
+                "leave the initializer as it is and set the variable in a callback: KMEND_PRE_PATCH() or "
+                "KMEND_POST_PATCH() of kmend.h, taken back in the matching unpatch callback",
             )
         for key in self.diff.new_data:
             part = self.new.parts[key]
