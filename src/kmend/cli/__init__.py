@@ -49,6 +49,10 @@ VERBS = (
     Verb("check", "kmend.cli.check", "hold a livepatch module against every rule; changes nothing"),
     Verb("try", "kmend.cli.try_", "boot the kernel in a virtual machine and load the module there"),
     Verb("kernel", "kmend.cli.kernel", "fetch, list and show target kernels"),
+    Verb("status", "kmend.cli.status", "show the running kernel's patches, transition and blockers"),
+    Verb("list", "kmend.cli.list_", "list the livepatches of the running kernel"),
+    Verb("blockers", "kmend.cli.blockers", "show what a transition waits for, with stacks"),
+    Verb("log", "kmend.cli.log", "show what was done, and the kernel's words about it, by time"),
     Verb("info", "kmend.cli.info", "show what a built module holds"),
     Verb("doctor", "kmend.cli.doctor", "say what this machine lacks, and the command that mends it"),
 )

@@ -1,9 +1,10 @@
-"""``kmend info``: what a built module holds."""
+"""``kmend info``: what a built module holds, or a livepatch of the running kernel."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+from pathlib import Path
 
 from kmend.cli.context import Context
 from kmend.cli.files import read_file
@@ -13,11 +14,15 @@ from kmend.core.target import Release
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``info``."""
-    parser.add_argument("module", metavar="KO", help="the module")
+    parser.add_argument(
+        "module", metavar="KO-or-NAME", help="a module's file, or the name of a livepatch that is loaded"
+    )
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Describe a module from its own bytes; its functions where its kernel is in the cache."""
+    if is_name(args.module):
+        return loaded(args.module, context)
     from kmend.elf.reader import read
     from kmend.kernel.prepared import open_target
     from kmend.module.describe import describe
@@ -64,4 +69,28 @@ def run(args: argparse.Namespace, context: Context) -> int:
             lines.append(f"  {obj.name}: {', '.join(names) or 'no functions'}")
             lines += [f"    {kind.words} callback: {name}" for kind, name in obj.callbacks]
     context.say("\n".join(lines))
+    return 0
+
+
+def is_name(word: str) -> bool:
+    """Whether it can only be the name of a loaded patch: no file of that name, and none that is missing."""
+    return "/" not in word and not word.endswith(".ko") and not Path(word).exists()
+
+
+def loaded(name: str, context: Context) -> int:
+    """Describe a livepatch of the running kernel."""
+    from kmend.cli.status import chosen, document
+    from kmend.report import live
+    from kmend.runtime.observe import observe
+    from kmend.runtime.place import Place
+
+    seen = observe(Place(), context.config.state, limit=0)
+    chosen(seen, name)
+    context.emit({**document(seen, name), "verb": "info"})
+    for patch in (*seen.patches, *seen.left):
+        if patch.name == name:
+            for line in live.patch_text(patch, every=True):
+                context.say(line)
+            for key, value in (patch.module.note if patch.module else {}).items():
+                context.say(f"     {key}: {value}")
     return 0

@@ -1,0 +1,47 @@
+"""``kmend list``: the livepatches of the running kernel, one line each."""
+
+from __future__ import annotations
+
+import argparse
+
+from kmend.cli.context import Context
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """``list`` has no arguments of its own."""
+
+
+def run(_args: argparse.Namespace, context: Context) -> int:
+    """Exit status 0; 3 where the kernel has no livepatch support."""
+    from kmend.report import live
+    from kmend.runtime.observe import observe
+    from kmend.runtime.place import Place
+
+    seen = observe(Place(), context.config.state, limit=0)
+    context.emit(
+        {
+            "schema": 1,
+            "verb": "list",
+            "kernel": {"release": seen.kernel.release, "build_id": seen.kernel.build_id},
+            "patches": [live.patch_document(row) for row in seen.patches],
+            "left": [live.patch_document(row) for row in seen.left],
+        }
+    )
+    rows = [
+        (
+            str(row.order or "-"),
+            row.name,
+            row.phase.value + (" (forced)" if row.forced else ""),
+            "-" if row.replace is None else "yes" if row.replace else "no",
+            str(row.functions) if row.order else "-",
+            ",".join(obj.name for obj in row.objects) or "-",
+            str((row.module.note if row.module else {}).get("title") or "-"),
+        )
+        for row in (*reversed(seen.patches), *seen.left)
+    ]
+    if rows:
+        head = ("ORDER", "NAME", "PHASE", "REPLACE", "FUNCTIONS", "OBJECTS", "TITLE")
+        context.say("\n".join(live.table([head, *rows])))
+    else:
+        context.say("no livepatch is loaded")
+    return 0

@@ -1,0 +1,201 @@
+"""``kmend status``: kernel, patches, transition, and what killed runs have left; once or as a live view."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+
+from kmend.cli.context import Context
+from kmend.core.errors import UsageError
+from kmend.core.live import LivePatch
+from kmend.runtime.journal import Record
+from kmend.runtime.observe import Seen, observe
+from kmend.runtime.place import Place
+
+#: Homes the cursor and clears what is below; each line clears its own rest, so that nothing flickers.
+_HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``status``."""
+    parser.add_argument("name", metavar="NAME", nargs="?", help="show this patch only")
+    parser.add_argument("--watch", action="store_true", help="stay, and show changes as they happen")
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=0.5,
+        metavar="SECONDS",
+        help="how often --watch looks (default: 0.5)",
+    )
+
+
+def _interval(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds from 0.05 to 3600")
+    return value
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Exit status 0, also when something is amiss: what is amiss is the answer."""
+    if args.watch and context.json:
+        raise UsageError(
+            "--watch and --json exclude each other",
+            why="--json prints one document",
+            next_step="ask repeatedly without --watch",
+            rule="usage",
+        )
+    place = Place()
+    if args.watch:
+        return watch(place, args, context)
+    seen = observe(place, context.config.state)
+    chosen(seen, args.name)
+    context.emit(document(seen, args.name))
+    context.say("\n".join(lines(seen, args.name)))
+    return 0
+
+
+def chosen(seen: Seen, name: str | None) -> None:
+    """Refuse a name that no patch has.
+
+    Raises:
+        UsageError: rule ``unknown-patch``.
+    """
+    if name is None or seen.named(name) is not None:
+        return
+    there = ", ".join(row.name for row in (*seen.patches, *seen.left)) or "none at all"
+    raise UsageError(
+        f"the kernel has no livepatch {name}",
+        why=f"loaded: {there}",
+        next_step="kmend list",
+        rule="unknown-patch",
+    )
+
+
+def document(seen: Seen, name: str | None = None) -> dict[str, object]:
+    """The JSON document."""
+    from kmend.report import live
+
+    wanted = [row for row in seen.patches if name in (None, row.name)]
+    return {
+        "schema": 1,
+        "verb": "status",
+        "kernel": live.kernel_document(seen.kernel),
+        "patches": [live.patch_document(row) for row in wanted],
+        "left": [live.patch_document(row) for row in seen.left if name in (None, row.name)],
+        "transition": live.transition_document(seen.transition),
+        "unfinished": [unfinished_document(row) for row in seen.unfinished],
+        "acting": seen.acting,
+        "notes": list(seen.notes),
+    }
+
+
+def unfinished_document(row: Record) -> dict[str, object]:
+    """An action that a killed kmend began."""
+    return {
+        "id": row.id,
+        "time": row.time,
+        "verb": row.verb,
+        "patch": row.patch,
+        "user": row.user,
+        "pid": row.pid,
+    }
+
+
+def lines(seen: Seen, name: str | None = None) -> Iterator[str]:
+    """The text for people."""
+    from kmend.report import live
+
+    yield from live.kernel_text(seen.kernel)
+    if seen.transition is not None:
+        yield ""
+        yield from live.transition_text(seen.transition)
+    patches = [row for row in seen.patches if name in (None, row.name)]
+    left = [row for row in seen.left if name in (None, row.name)]
+    yield ""
+    if not patches and not left:
+        yield "no livepatch is loaded"
+    for patch in reversed(patches):  # the top of the stack on top
+        yield from live.patch_text(patch)
+    for patch in left:
+        yield live.patch_line(patch)
+        yield f"     {leftover(patch)}"
+    for row in seen.unfinished:
+        yield ""
+        yield unfinished_text(row, seen)
+    if seen.acting:
+        yield ""
+        yield "a kmend acts on this kernel now"
+    yield from (f"note: {note}" for note in seen.notes)
+
+
+def leftover(patch: LivePatch) -> str:
+    """What to do about a module without a patch."""
+    if patch.forced:
+        return "a forced transition may have left tasks in its code: it stays until the next boot"
+    if patch.module is not None and patch.module.references:
+        return "it stays until its references are gone"
+    return f"remove it with: kmend unload {patch.name}"
+
+
+def unfinished_text(row: Record, seen: Seen) -> str:
+    """What a killed kmend was about to do, and what has become of it."""
+    patch = seen.named(row.patch)
+    state = "it is not loaded" if patch is None else f"it is {patch.phase.value}"
+    return (
+        f"an action did not end: `kmend {row.verb} {row.patch}` of {row.user} (process {row.pid}) was "
+        f"killed; {row.patch}: {state} now. Run it again to finish it, or `kmend unload {row.patch}`"
+    )
+
+
+def watch(place: Place, args: argparse.Namespace, context: Context) -> int:
+    """Show changes until interrupted. On a terminal: one screen; else: a block for each change."""
+    state = context.config.state
+    terminal = sys.stdout.isatty()
+    began: dict[int, float] = {}
+    last: list[str] = []
+    if terminal:
+        sys.stdout.write(_ENTER)
+    try:
+        while True:
+            seen = observe(place, state)
+            text = list(lines(seen, args.name)) + list(waiting(seen, began))
+            if terminal:
+                width, height = shutil.get_terminal_size()
+                head = time.strftime("%H:%M:%S") + "  kmend status --watch, Ctrl-C ends"
+                screen = [line[:width] for line in (head, "", *text)][: height - 1]
+                sys.stdout.write(_HOME + "".join(f"{line}{_REST}\n" for line in screen) + _BELOW)
+                sys.stdout.flush()
+            elif text != last:
+                last = text
+                context.say("\n".join((time.strftime("%H:%M:%S"), *text, "")))
+            time.sleep(args.interval)
+    finally:
+        if terminal:
+            sys.stdout.write(_LEAVE)
+            sys.stdout.flush()
+
+
+def waiting(seen: Seen, began: dict[int, float]) -> Iterator[str]:
+    """For how long each blocker has been seen to hold the transition up."""
+    now = time.monotonic()
+    rows = seen.transition.blockers if seen.transition is not None else ()
+    here = {row.task.tid for row in rows}
+    for gone in began.keys() - here:
+        del began[gone]
+    for row in rows:
+        began.setdefault(row.task.tid, now)
+    if rows:
+        from kmend.report import live
+
+        yield ""
+        yield "seen for"
+        for row in rows[: live.SHOWN_BLOCKERS]:
+            yield f"  {now - began[row.task.tid]:5.0f} s  {live.task_name(row)}: {row.remedy}"

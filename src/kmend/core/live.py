@@ -1,0 +1,221 @@
+"""The values of a live kernel: its livepatches, the tasks of a transition, and what holds them up.
+
+``kmend.runtime`` reads them from ``/sys`` and ``/proc``; ``kmend.report.live`` renders them. The words are
+the kernel's own (``Documentation/livepatch/livepatch.rst``, ``kernel/livepatch/transition.c``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kmend.core.kmsg import KernelMessage
+from kmend.core.taint import TaintFlag
+from kmend.core.target import VMLINUX
+
+
+class Phase(Enum):
+    """Where a patch stands.
+
+    ``COMING``: its module is still being loaded and its symbols are being looked up; ``enabled`` and
+    ``transition`` are 0 then, as for a disabled patch. ``DISABLED`` only stays on kernels before 5.1:
+    later ones remove the sysfs folder with the end of unpatching. ``LEFT``: no patch any more, but the module
+    of one is still loaded (after unpatching, or replaced).
+    """
+
+    COMING = "coming"
+    ENABLED = "enabled"
+    PATCHING = "patching"
+    UNPATCHING = "unpatching"
+    DISABLED = "disabled"
+    LEFT = "left behind"
+
+    @property
+    def moving(self) -> bool:
+        """Whether a transition is under way."""
+        return self in (Phase.PATCHING, Phase.UNPATCHING)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveFunction:
+    """``NAME,SYMPOS`` of sysfs, where a ``sympos`` of 0 is shown as 1.
+
+    ``shadowed_by`` names the patch higher on the ``func_stack`` whose code runs instead, '' for none.
+    """
+
+    name: str
+    sympos: int
+    shadowed_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveObject:
+    """``vmlinux`` or a module. ``patched`` is None where the kernel does not show it (before 6.1)."""
+
+    name: str
+    patched: bool | None
+    functions: tuple[LiveFunction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModule:
+    """``/sys/module/NAME``: references (None: not shown), ``initstate``, taint letters, holders.
+
+    ``note`` is what kmend wrote into the module when it built it (empty for others' modules);
+    ``identity`` is the contents of its build id and kmend notes, equal for equal files ('' without notes).
+    """
+
+    name: str
+    references: int | None
+    initstate: str
+    taint: str
+    holders: tuple[str, ...]
+    note: Mapping[str, object] = field(default_factory=dict)
+    identity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LivePatch:
+    """One livepatch of the running kernel.
+
+    ``replace`` is None where neither sysfs (since 6.11) nor kmend's journal tells. ``order`` counts from 1 at
+    the bottom of the stack; ``order_shown``: the kernel itself says so (since 6.14), else it is computed
+    from the order in which the modules were loaded. ``forced``: kmend or the kernel log know that a
+    transition of it was forced.
+    """
+
+    name: str
+    phase: Phase
+    replace: bool | None
+    order: int
+    order_shown: bool
+    objects: tuple[LiveObject, ...]
+    module: LiveModule | None
+    forced: bool = False
+
+    @property
+    def functions(self) -> int:
+        """How many functions it lists."""
+        return sum(len(row.functions) for row in self.objects)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A line of ``/proc/PID/stack``; ``module`` is '' for the kernel image."""
+
+    function: str
+    offset: int
+    module: str = ""
+
+    @property
+    def object(self) -> str:
+        """The livepatch word for where the code lies."""
+        return self.module or VMLINUX
+
+    def __str__(self) -> str:
+        return f"{self.function}+{self.offset:#x}" + (f" [{self.module}]" if self.module else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A thread as ``/proc`` shows it. ``state`` is the letter of ``/proc/PID/stat``.
+
+    ``stack`` is None when it could not be read. ``tracer`` is 0 when nobody traces it. ``pids`` are its
+    numbers from our PID namespace inwards (one: it is in ours). ``children`` are its child processes.
+    """
+
+    pid: int
+    tid: int
+    name: str
+    process: str
+    state: str
+    kthread: bool
+    patch_state: int
+    stack: tuple[Frame, ...] | None
+    wchan: str = ""
+    tracer: int = 0
+    pids: tuple[int, ...] = ()
+    children: tuple[int, ...] = ()
+    system_call: int | None = None
+
+
+class Cause(Enum):
+    """Why a task has not switched yet. The value is the word in JSON."""
+
+    IN_FUNCTION = "in-function"
+    RUNNING = "running"
+    VFORK = "vfork-parent"
+    IO_URING = "io-uring"
+    UNINTERRUPTIBLE = "uninterruptible"
+    KTHREAD = "kthread"
+    KTHREAD_RUNNING = "kthread-running"
+    TRACED = "traced"
+    STOPPED = "stopped"
+    FROZEN = "frozen"
+    UNRELIABLE = "unreliable"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """A task that holds a transition up.
+
+    ``function`` is the patched function on its stack ('' when none is found there); ``object`` where that
+    lies. ``why`` and ``remedy`` are sentences. ``wakeable``: interrupting it for a moment lets it leave the
+    function, with no other effect than the kernel's own fake signal would have after 15 s.
+    """
+
+    task: Task
+    cause: Cause
+    function: str
+    object: str
+    why: str
+    remedy: str
+    wakeable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A transition under way, as one look at ``/proc`` shows it.
+
+    ``target`` is the ``patch_state`` that tasks are to reach. ``tasks`` is how many tasks there are,
+    ``left`` how many have not reached it. Idle tasks have no entry in ``/proc``: a transition with nothing
+    ``left`` waits for them, or is being completed. ``unreadable`` counts tasks that could not be asked.
+    """
+
+    patch: str
+    phase: Phase
+    target: int
+    tasks: int
+    left: int
+    blockers: tuple[Blocker, ...]
+    unreadable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KernelState:
+    """The running kernel. Values that the kernel does not show, or not to this user, are None or ''."""
+
+    release: str
+    version: str
+    build_id: str
+    boot_id: str
+    livepatch: bool
+    taint: int | None
+    taints: tuple[TaintFlag, ...]
+    signatures_enforced: bool | None
+    lockdown: str
+    modules_disabled: bool | None
+    ftrace_enabled: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """A line of `kmend log`. ``time`` is seconds since the epoch; ``source`` is ``kernel`` or ``kmend``."""
+
+    time: float
+    source: str
+    text: str
+    message: KernelMessage | None = None
+    record: Mapping[str, object] | None = None

@@ -1,0 +1,280 @@
+"""What a transition waits for, and what would help: one sentence for each task.
+
+The rule is the kernel's own (``klp_check_stack_func()``, ``kernel/livepatch/transition.c``): a sleeping task
+cannot switch while a function that is about to change is on its stack. For patching that is the code which
+runs now (the original, or that of the patch below on the ``func_stack``); for unpatching it is the
+patch's own code. A task that runs is never switched from outside; it switches by itself when it
+returns to user space, a kernel thread only when it sleeps outside of the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from kmend.core.errors import Unable
+from kmend.core.live import Blocker, Cause, Frame, LivePatch, Phase, Task, Transition
+from kmend.runtime import symbols
+from kmend.runtime.place import Place
+from kmend.runtime.tasks import Sweep, read_task, sweep
+
+#: ``KLP_UNPATCHED`` and ``KLP_PATCHED`` (include/linux/livepatch.h).
+UNPATCHED, PATCHED = 0, 1
+#: So many blockers are looked at in full; the others are counted. A stall has one cause, seldom a thousand.
+SHOWN = 200
+
+#: What a task waits for, by the function that waits: first match of any frame wins.
+_WAITS = (
+    (("wait_for_vfork_done",), "its vfork child to call exec or to end"),
+    (("io_schedule", "folio_wait_bit", "wait_on_page_bit", "__wait_on_buffer", "blk_"), "a disk"),
+    (("rpc_wait_bit_killable", "nfs_", "nfs4_", "__rpc_execute"), "an NFS server"),
+    (("fuse_", "request_wait_answer"), "a FUSE file system's program"),
+    (("jbd2_", "wait_transaction_locked"), "the file system's journal"),
+    (("__mutex_lock", "mutex_lock"), "a mutex"),
+    (("rwsem_down_", "down_read", "down_write"), "a semaphore"),
+    (("synchronize_rcu", "wait_rcu_gp", "__wait_rcu_gp"), "a grace period of RCU"),
+    (("kthread_stop", "flush_work", "__flush_work"), "other work of the kernel to end"),
+    (("wait_for_completion", "__wait_for_common"), "a completion"),
+    (("msleep", "schedule_timeout_uninterruptible", "usleep_range"), "its sleep to end"),
+)
+_VFORK = ("kernel_clone", "_do_fork", "do_fork", "wait_for_vfork_done")
+_IO_URING = (
+    "io_cqring_wait",
+    "__do_sys_io_uring_enter",
+    "__x64_sys_io_uring_enter",
+    "__se_sys_io_uring_enter",
+)
+_FREEZERS = ("__refrigerator", "do_freezer_trap")
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A function that must not be on a stack: its name, the object that it belongs to for livepatch, and
+    where its present code lies (``vmlinux``, its module, or the module of the patch whose code runs).
+    """
+
+    name: str
+    object: str
+    code: str
+
+
+@dataclass(slots=True)
+class Explainer:
+    """Explains the tasks of one transition; looks addresses up once, when a name alone does not tell."""
+
+    place: Place
+    patch: LivePatch
+    watched: tuple[Watched, ...]
+    unpatching: bool
+    _aliases: dict[str, frozenset[str]] | None = field(default=None)
+
+    @classmethod
+    def of(cls, place: Place, patch: LivePatch, patches: Sequence[LivePatch]) -> Explainer:
+        """For a patch in transition; ``patches`` are all, from the bottom of the stack to the top."""
+        unpatching = patch.phase is Phase.UNPATCHING
+        return cls(place, patch, watched(patch, patches), unpatching)
+
+    def explain(self, task: Task) -> Blocker:
+        """Why this task has not switched, and what helps."""
+        hit = self._hit(task)
+        function, where = (hit[1].name, hit[1].object) if hit else ("", "")
+        cause = _cause(task, hit is not None)
+        why, remedy = _words(task, cause, f"{function}()" if function else "", self.unpatching)
+        wakeable = cause is Cause.IN_FUNCTION and hit is not None
+        return Blocker(task, cause, function, where, why, remedy, wakeable)
+
+    def _hit(self, task: Task) -> tuple[Frame, Watched] | None:
+        """The outermost frame that is in a watched function: what it called is on the way."""
+        stack = task.stack or ()
+        for frame in reversed(stack):
+            for row in self.watched:
+                if frame.object == row.code and frame.function == row.name:
+                    return frame, row
+        if self.unpatching:
+            # a replacement may have any name; in the patch's own module each of its frames holds it up
+            for frame in reversed(stack):
+                if frame.module == self.patch.name:
+                    return frame, Watched(frame.function, self.patch.name, self.patch.name)
+        for frame in reversed(stack):
+            for row in self.watched:
+                if frame.object == row.code and frame.function in self._names_of(row.name, stack):
+                    return frame, row
+        return None
+
+    def _names_of(self, name: str, stack: Iterable[Frame]) -> frozenset[str]:
+        """All names of the address: ``__x64_sys_getppid`` shows up in stacks as ``__do_sys_getppid``."""
+        if self._aliases is None:
+            self._aliases = {}
+        asked = {name, *(frame.function for frame in stack)}
+        if not asked <= self._aliases.keys():
+            asked |= {row.name for row in self.watched}
+            try:
+                rows = symbols.named(self.place, asked)
+            except Unable:
+                rows = {}
+            at: dict[tuple[int, str], set[str]] = {}
+            for found in rows.values():
+                for row in found:
+                    at.setdefault((row.address, row.object), set()).add(row.name)
+            for word in asked:
+                same = [at[row.address, row.object] for row in rows.get(word, ())]
+                self._aliases[word] = frozenset({word}.union(*same))
+        return self._aliases[name]
+
+
+def watched(patch: LivePatch, patches: Sequence[LivePatch]) -> tuple[Watched, ...]:
+    """The code that no stack may hold for this transition."""
+    rows = []
+    below = [row for row in patches if row.order < patch.order and row.phase is not Phase.DISABLED]
+    for obj in patch.objects:
+        for function in obj.functions:
+            code = obj.name
+            if patch.phase is Phase.UNPATCHING:
+                code = patch.name
+            else:
+                for other in below:  # the last one that has it is the one whose code runs now
+                    for theirs in other.objects:
+                        if theirs.name == obj.name and any(
+                            (f.name, f.sympos) == (function.name, function.sympos) for f in theirs.functions
+                        ):
+                            code = other.name
+            rows.append(Watched(function.name, obj.name, code))
+    return tuple(rows)
+
+
+def look(place: Place, patch: LivePatch, patches: Sequence[LivePatch], limit: int = SHOWN) -> Transition:
+    """Look at a transition under way: how many tasks are left, and why each of the first ``limit``."""
+    target = UNPATCHED if patch.phase is Phase.UNPATCHING else PATCHED
+    seen = sweep(place, target)
+    explainer = Explainer.of(place, patch, patches)
+    return Transition(
+        patch=patch.name,
+        phase=patch.phase,
+        target=target,
+        tasks=seen.tasks,
+        left=len(seen.pending),
+        blockers=explained(place, explainer, seen, limit),
+        unreadable=seen.unreadable,
+    )
+
+
+def explained(place: Place, explainer: Explainer, seen: Sweep, limit: int) -> tuple[Blocker, ...]:
+    """The first ``limit`` pending tasks of a sweep with their reasons; what has ended is left out."""
+    found = []
+    for pid, tid in seen.pending[:limit]:
+        task = read_task(place, pid, tid)
+        if task is not None:
+            found.append(explainer.explain(task))
+    return tuple(found)
+
+
+def _cause(task: Task, in_function: bool) -> Cause:
+    names = {frame.function for frame in task.stack or ()}
+    if task.kthread:
+        return Cause.KTHREAD_RUNNING if task.state == "R" else Cause.KTHREAD
+    if task.state == "t" or task.tracer:
+        return Cause.TRACED
+    if task.state == "T":
+        return Cause.STOPPED
+    if names & set(_FREEZERS):
+        return Cause.FROZEN
+    if task.state == "R":
+        return Cause.RUNNING
+    if task.state == "D":
+        return Cause.VFORK if names & set(_VFORK) else Cause.UNINTERRUPTIBLE
+    if names & set(_IO_URING):
+        return Cause.IO_URING
+    if in_function:
+        return Cause.IN_FUNCTION
+    if task.stack:
+        return Cause.UNRELIABLE
+    return Cause.UNKNOWN
+
+
+def waits_for(task: Task) -> str:
+    """What a sleeping task waits for, as far as its stack tells; '' when it does not."""
+    for words, meaning in _WAITS:
+        for frame in task.stack or ():
+            if frame.function.startswith(words):
+                return f"{meaning} ({frame.function})"
+    return f"{task.wchan}()" if task.wchan else ""
+
+
+def _words(task: Task, cause: Cause, function: str, unpatching: bool) -> tuple[str, str]:
+    """The two sentences: why it waits, what helps."""
+    inside = (f" inside {function}" + (" of the patch" if unpatching else "")) if function else ""
+    waits = waits_for(task)
+    if waits == function:
+        waits = ""
+    waiting = f", waiting for {waits}" if waits else ""
+    match cause:
+        case Cause.IN_FUNCTION:
+            return (
+                f"sleeps{inside}{waiting}",
+                "an interruption lets it leave the function and restart its system call",
+            )
+        case Cause.RUNNING:
+            return (
+                "runs on a processor",
+                "it switches by itself when it next returns to user space",
+            )
+        case Cause.VFORK:
+            return (
+                f"waits{inside} until {_vfork_child(task)} calls exec or ends",
+                "no signal helps; it goes on when the child does",
+            )
+        case Cause.UNINTERRUPTIBLE:
+            return (
+                f"sleeps uninterruptibly{inside}{waiting}",
+                "no signal reaches it; it goes on when what it waits for comes",
+            )
+        case Cause.IO_URING:
+            return (
+                f"waits in io_uring_enter(){inside}",
+                "the kernel's own signals never free it; an interruption does, but its io_uring_enter() then "
+                "returns EINTR (allow that with --interrupt-io-uring)",
+            )
+        case Cause.KTHREAD:
+            how = "sleeps uninterruptibly" if task.state == "D" else "sleeps"
+            return (
+                f"a kernel thread that {how}{inside}{waiting}",
+                "it goes on when its work does; the kernel wakes it every 15 s if it sleeps interruptibly",
+            )
+        case Cause.KTHREAD_RUNNING:
+            return (
+                "a kernel thread that runs on a processor",
+                "it switches when it sleeps outside of the patched functions",
+            )
+        case Cause.TRACED:
+            by = f"process {task.tracer}" if task.tracer else "a debugger"
+            stopped = ", which has stopped it" if task.state == "t" else ""
+            return f"is traced by {by}{stopped}{inside}", "let the debugger continue or detach"
+        case Cause.STOPPED:
+            return f"is stopped{inside}", f"kill -CONT {task.pid} lets it go on"
+        case Cause.FROZEN:
+            return f"is frozen by its cgroup{inside}", "thaw its cgroup"
+        case Cause.UNRELIABLE:
+            where = f"; it is in {task.stack[0]}" if task.stack else ""
+            return (
+                f"sleeps, and no patched function is seen on its stack{where}",
+                "the kernel looks again every second; if it finds the stack unreliable, only waking the task "
+                "helps",
+            )
+        case Cause.UNKNOWN:
+            return (
+                "its stack cannot be read",
+                "run kmend as root to see it; the kernel looks again every second",
+            )
+        case _:
+            assert_never(cause)
+
+
+def _vfork_child(task: Task) -> str:
+    match task.children:
+        case ():
+            return "its vfork child"
+        case (child,):
+            return f"its vfork child {child}"
+        case several:
+            return f"its vfork child (one of {', '.join(map(str, several))})"

@@ -1,0 +1,288 @@
+"""What kmend did to the kernel: an append-only file of JSON lines, and the system's journal.
+
+An action is written before it begins and again when it has ended. A beginning without an end is what a killed
+kmend leaves; the next one finds it (:func:`unfinished`) and says what has become of it. A line is one
+``write(2)`` to a file opened with ``O_APPEND``; a line that a power cut tore is passed over by the reader,
+and never joined with the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import syslog
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kmend.core.errors import Failed, Refusal, Refused
+from kmend.runtime.place import Place, optional
+
+SCHEMA = 1
+#: The journal's name in the state folder.
+NAME = "log"
+#: The lock that whoever acts on the kernel holds, in ``/run``: it goes with the boot, as does what it guards.
+LOCK = "kmend.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A line of the journal. ``event`` is ``begin``, ``step`` or ``end``; ``id`` is that of the action.
+
+    ``time`` is seconds since the epoch, ``boot`` the kernel's ``boot_id``, ``result`` the word with which an
+    action ended (``done``, ``failed``, ``refused``, ``interrupted``).
+    """
+
+    time: float
+    event: str
+    id: str
+    boot: str
+    verb: str
+    patch: str
+    text: str
+    result: str
+    pid: int
+    user: str
+    detail: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who acts: the login that began the session (``/proc/self/loginuid``) and the user as it is now."""
+
+    user: str
+    login: str
+    pid: int
+    command: str
+
+
+def who(place: Place, command: str) -> Who:
+    """Whoever runs this process."""
+    login = optional(place.proc / "self/loginuid") or ""
+    sudo = os.environ.get("SUDO_USER", "")
+    number = int(login) if login.isdigit() and int(login) != 0xFFFFFFFF else None
+    login_name = sudo or (_user(number) if number is not None else "")
+    return Who(_user(os.geteuid()), login_name, os.getpid(), command)
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except (KeyError, OSError):
+        return str(number)
+
+
+class Journal:
+    """The journal in one state folder. Reading needs no lock; writers hold that of :func:`acting`."""
+
+    def __init__(self, state: Path, boot: str) -> None:
+        self.path = state / NAME
+        self.boot = boot
+        #: why the last line could not be kept; '' when all is well. What is done to the kernel goes on.
+        self.trouble = ""
+
+    def begin(self, verb: str, patch: str, by: Who, text: str, detail: Mapping[str, object]) -> Action:
+        """Write down what is about to be done."""
+        action = Action(self, uuid.uuid4().hex[:12], verb, patch, by)
+        action.write("begin", text, detail=detail)
+        return action
+
+    def records(self) -> tuple[Record, ...]:
+        """Every line, oldest first; torn and foreign lines are left out.
+
+        Raises:
+            Failed: (rule ``not-permitted``) this user may not read it.
+        """
+        try:
+            lines = self.path.read_text(errors="replace").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        except OSError as error:
+            raise Failed(
+                f"{self.path} cannot be read",
+                why=error.strerror or str(error),
+                next_step="run kmend as root",
+                rule="not-permitted",
+            ) from error
+        return tuple(row for row in map(_parsed, lines) if row is not None)
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Add a line and make it last."""
+        line = json.dumps(row, separators=(",", ":"), sort_keys=True).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+            try:
+                size = os.fstat(fd).st_size
+                if size and os.pread(fd, 1, size - 1) != b"\n":
+                    line = b"\n" + line  # a power cut tore the last one
+                os.write(fd, line)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            self.trouble = ""
+        except OSError as error:
+            self.trouble = f"{self.path}: {error.strerror or error}"
+
+
+class Action:
+    """One action under way. ``end`` is written once."""
+
+    def __init__(self, journal: Journal, number: str, verb: str, patch: str, by: Who) -> None:
+        self.journal, self.id, self.verb, self.patch, self.by = journal, number, verb, patch, by
+        self.ended = False
+
+    def step(self, text: str, **detail: object) -> None:
+        """A step of it is done or about to be done."""
+        self.write("step", text, detail=detail)
+
+    def end(self, result: str, text: str, **detail: object) -> None:
+        """It is over."""
+        if not self.ended:
+            self.ended = True
+            self.write("end", text, result=result, detail=detail)
+
+    def write(self, event: str, text: str, *, result: str = "", detail: Mapping[str, object]) -> None:
+        """Append a line, and tell the system's journal."""
+        self.journal.append(
+            {
+                "schema": SCHEMA,
+                "time": round(time.time(), 6),
+                "event": event,
+                "id": self.id,
+                "boot": self.journal.boot,
+                "verb": self.verb,
+                "patch": self.patch,
+                "text": text,
+                "result": result,
+                "user": self.by.user,
+                "login": self.by.login,
+                "pid": self.by.pid,
+                "command": self.by.command,
+                "detail": dict(detail),
+            }
+        )
+        level = syslog.LOG_NOTICE if result in ("", "done") else syslog.LOG_WARNING
+        by = self.by.user + (f" ({self.by.login})" if self.by.login and self.by.login != self.by.user else "")
+        with contextlib.suppress(OSError):
+            syslog.openlog("kmend", syslog.LOG_PID, syslog.LOG_DAEMON)
+            syslog.syslog(
+                level, f"{self.verb} {self.patch}: {text}" + (f" [{result}]" if result else "") + f", by {by}"
+            )
+
+
+def _parsed(line: str) -> Record | None:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict) or row["schema"] != SCHEMA:
+            return None
+        detail = row["detail"]
+        return Record(
+            time=float(row["time"]),
+            event=str(row["event"]),
+            id=str(row["id"]),
+            boot=str(row["boot"]),
+            verb=str(row["verb"]),
+            patch=str(row["patch"]),
+            text=str(row["text"]),
+            result=str(row["result"]),
+            pid=int(row["pid"]),
+            user=str(row["login"] or row["user"]),
+            detail=detail if isinstance(detail, dict) else {},
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def unfinished(records: Sequence[Record], boot: str) -> tuple[Record, ...]:
+    """The beginnings of this boot that have no end: actions under way, or killed ones."""
+    ended = {row.id for row in records if row.event == "end"}
+    return tuple(row for row in records if row.event == "begin" and row.boot == boot and row.id not in ended)
+
+
+def loads(records: Iterable[Record], boot: str) -> dict[str, Record]:
+    """For each patch that kmend loaded in this boot: the beginning of its last load."""
+    return {
+        row.patch: row for row in records if row.boot == boot and row.event == "begin" and row.verb == "load"
+    }
+
+
+def replacing(records: Iterable[Record], boot: str) -> dict[str, bool]:
+    """Which of the patches loaded in this boot are cumulative, as their files said."""
+    return {
+        name: value
+        for name, row in loads(records, boot).items()
+        if isinstance(value := row.detail.get("replace"), bool)
+    }
+
+
+def forced(records: Iterable[Record], boot: str) -> dict[str, str]:
+    """The patches of this boot of which a transition was forced, with its direction."""
+    found = {}
+    for row in records:
+        if row.boot == boot and row.event == "step" and isinstance(row.detail.get("forced"), str):
+            found[row.patch] = str(row.detail["forced"])
+    return found
+
+
+@contextlib.contextmanager
+def acting(place: Place, verb: str) -> Iterator[None]:
+    """Hold the lock of whoever acts on the kernel; the kernel drops it when its holder dies.
+
+    Raises:
+        Refused: (rule ``busy``) another kmend acts now.
+        Failed: the lock's file cannot be made.
+    """
+    path = place.run / LOCK
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise Failed(
+            f"{path} cannot be made",
+            why=error.strerror or str(error),
+            next_step="run kmend as root",
+            rule="unwritable",
+        ) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+            raise Refused(
+                [
+                    Refusal(
+                        "busy",
+                        f"another kmend acts on this kernel: {holder or 'it has just begun'}",
+                        "two at once would work against each other",
+                        "wait until it ends (`kmend status --watch` shows what it does), or stop it",
+                    )
+                ]
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{verb}, process {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        # the file stays: removing it would let a third one lock another file of the same name
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+        os.close(fd)
+
+
+def is_free(place: Place) -> bool:
+    """Whether nobody acts now. For who may not open the lock's file: as far as can be told, nobody."""
+    try:
+        fd = os.open(place.run / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
