@@ -164,21 +164,88 @@ def test_an_entry_that_leads_to_another_function_is_refused(pair: Pair) -> None:
 
 
 def test_code_that_an_unknown_table_changes_is_refused(pair: Pair) -> None:
-    """``runtime_const_ptr(dentry_hashtable)`` is 0x0123456789abcdef until the kernel puts its address in."""
+    """``runtime_const_shift_right_32()``: three bytes, too few for anything that reads the variable."""
     old = """
     long f(int x) {
-        long r;
-        asm("mov $0x0123456789abcdef, %0\\n1:\\n.pushsection runtime_ptr_table,\\"a\\"\\n.long 1b - 8 - .\\n"
-            ".popsection" : "=r" (r));
+        long r = x;
+        asm("shrl $12, %k0\\n1:\\n.pushsection runtime_shift_bits,\\"a\\"\\n.long 1b - 1 - .\\n"
+            ".popsection" : "+r" (r));
         return r + outside(x);
     }
     int g(int x) { return outside(x); }
     """
     _, selection = pair(old, old.replace("r + outside(x)", "r - outside(x)"))
-    assert ("special-section", "f") in {(r.rule, r.what) for r in selection.refusals}
+    assert {(r.rule, r.what) for r in selection.refusals} == {("special-section", "f")}
     _, selection = pair(old, old.replace("return outside(x)", "return outside(x + 1)"))
     assert changed(selection) == {"g"}
     assert not selection.refusals
+
+
+#: runtime_const_ptr() of arch/x86/include/asm/runtime-const.h, in any register and in r12.
+RUNTIME = r"""
+#define runtime(sym, r) asm("mov %1, %0\n1:\n.pushsection runtime_ptr_" #sym ",\"a\"\n" \
+    ".long 1b - %c2 - .\n.popsection" : "=r" (r) : "i" (0x0123456789abcdefUL), "i" (8))
+long f(int x) { long r; runtime(limit, r); return r + outside(x); }
+long g(int x) { register long r asm("r12"); runtime(OTHER, r); return r + outside(x); }
+int h(int x) { return outside(x); }
+"""
+
+
+def runtime_text(own: str = "", other: str = "limit") -> str:
+    return own + RUNTIME.replace("OTHER", other)
+
+
+def test_a_runtime_constant_is_read_from_its_variable(pair: Pair) -> None:
+    """What the kernel completes when it starts, it does not complete in a module: that reads the variable."""
+    old = runtime_text()
+    diff, selection = pair(old, old.replace("+ outside(x)", "- outside(x)"))
+    assert changed(selection) == {"f", "g"}
+    assert not selection.refusals
+    assert "limit" in selection.externs
+    for name, start, register in (("f", 0x48, None), ("g", 0x4C, 4)):
+        part, text = diff.new.parts[name], diff.new.code(diff.new.parts[name])
+        (reloc,) = [
+            r for r in diff.new.relocs(part) if diff.new.ref(diff.new.section_of(part), r).name == "limit"
+        ]
+        at = reloc.offset - part.start
+        insn = text[at - 3 : at + 7]
+        assert (insn[0], insn[1], insn[2] & 0xC7) == (start, 0x8B, 0x05)
+        assert register is None or insn[2] >> 3 == register
+        assert insn[3:] == bytes(4) + bytes.fromhex("0f1f00")
+        assert reloc.addend == -4
+        # the proof is made with what the compiler made of the original source
+        assert bytes.fromhex("efcdab8967452301") in diff.old.code(diff.old.parts[name])
+
+
+def test_another_runtime_constant_is_a_change(pair: Pair) -> None:
+    """The bytes are the same whichever variable is meant."""
+    _, selection = pair(runtime_text(), runtime_text(other="border"))
+    assert changed(selection) == {"g"}
+    assert "border" in selection.externs
+    _, selection = pair(runtime_text(), runtime_text().replace("h(int x) { return", "h(int x) { return 1 +"))
+    assert changed(selection) == {"h"}
+
+
+def test_a_runtime_constant_of_the_units_own_is_the_kernels_variable(pair: Pair) -> None:
+    old = runtime_text("static unsigned long border;\nunsigned long *b(void) { return &border; }", "border")
+    diff, selection = pair(old, old.replace("+ outside(x)", "- outside(x)"))
+    assert not selection.refusals
+    assert "border" in selection.outer
+    assert "border" not in selection.included
+    assert diff.twins.original["border"] == "border"
+
+
+def test_a_runtime_constant_of_another_form_is_refused(pair: Pair) -> None:
+    old = """
+    long f(int x) {
+        long r;
+        asm("1: .quad 0x0123456789abcdef\\n"
+            ".pushsection runtime_ptr_limit,\\"a\\"\\n.long 1b - .\\n.popsection" : "=r" (r));
+        return outside(x) ? r : 0;
+    }
+    """
+    _, selection = pair(old, old.replace("outside(x) ?", "outside(x + 1) ?"))
+    assert "special-section" in rules(selection)
 
 
 def test_a_new_once_flag_is_carried_by_either_name(pair: Pair) -> None:

@@ -9,9 +9,10 @@ of alternatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kmend.diff.declared import Declarations, declarations, is_declaration
+from kmend.diff.runtime_const import module_form
 from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry, SpecialSections
 from kmend.diff.twins import Twins, match
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
@@ -31,7 +32,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ObjectDiff:
-    """The outcome for one pair of objects. All keys are of the patched object but for ``removed``."""
+    """The outcome for one pair of objects. All keys are of the patched object but for ``removed``.
+
+    ``old`` is as it was compiled, ``new`` in the form that its code has in a module
+    (:mod:`kmend.diff.runtime_const`).
+    """
 
     old: UnitObject
     new: UnitObject
@@ -84,7 +89,9 @@ def compare(old: UnitObject, new: UnitObject, sizes: Mapping[str, int] | None = 
         Failed: (rules ``special-section``, ``relocation-type``, ``undecodable``) something in either
             object is not understood.
     """
-    return _Comparer(old, new, sizes).run()
+    plain = module_form(old)
+    found = _Comparer(plain, module_form(new), sizes).run()
+    return found if plain is old else replace(found, old=old, old_special=SpecialSections(old, sizes))
 
 
 class _Comparer:

@@ -217,9 +217,10 @@ def select(diff: ObjectDiff, extra_roots: Iterable[str] = ()) -> Selection:
 def _unknown_tables(unit: UnitObject) -> dict[str, tuple[str, ...]]:
     """For each function the tables, unknown to kmend, that name a place inside of it.
 
-    ``runtime_ptr_dentry_hashtable`` (include/asm-generic/runtime-const.h, since 6.11) is one: the kernel puts
-    the real address in place of 0x0123456789abcdef, and does so for itself alone. What names only a
-    function's beginning (exports) does not change its code.
+    ``runtime_shift_d_hash_shift`` (arch/x86/include/asm/runtime-const.h, since 6.11) is one: the kernel puts
+    the real number in place of the 12 in ``shrl $12,%eax``, and does so for itself alone. (For
+    ``runtime_ptr_…`` see :mod:`kmend.diff.runtime_const`.) What names only a function's beginning (exports)
+    does not change its code.
     """
     known = TABLE.keys() | SATELLITES | DISPENSABLE | {ORC}
     found: dict[str, dict[str, None]] = {}
