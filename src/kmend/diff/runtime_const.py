@@ -1,22 +1,23 @@
 """Runtime constants: code that the kernel completes when it starts, in the form that a module has.
 
-Since 6.11 the address of a table, or a limit, may stand in the code itself (e3c92e81711d "runtime constants: add
-x86 architecture support"):
+Since 6.11 the address of a table, or a limit, may stand in the code itself (e3c92e81711d "runtime
+constants: add x86 architecture support"):
 
     movabs $0x0123456789abcdef,%rdx        runtime_ptr_USER_PTR_MAX: .long  place of the constant - .
 
-``runtime_const_init()`` puts the value of the variable ``USER_PTR_MAX`` there while the kernel starts, and only in
-what was linked into it: no module is ever completed like that. Modules read the variable itself instead
-(arch/x86/include/asm/uaccess_64.h, ``#ifdef MODULE``), which never changes after the kernel's start. A replaced
-function stands in a module, so both objects of a unit are given this form before they are compared:
+``runtime_const_init()`` puts the value of the variable ``USER_PTR_MAX`` there while the kernel starts,
+and only in what was linked into it: no module is ever completed like that. Modules read the variable
+itself instead (arch/x86/include/asm/uaccess_64.h, ``#ifdef MODULE``), which never changes after the
+kernel's start. A replaced function stands in a module, so both objects of a unit are given this form
+before they are compared:
 
     mov    USER_PTR_MAX(%rip),%rdx
     nopl   (%rax)
 
-Neither instruction touches the flags; together they are as long as the one in whose place they stand. The proof
-against the kernel's image is made with the original object as it was compiled: on disk the image has the number of
-above. ``runtime_shift_…`` (a shift by an immediate, three bytes) has no such form and stays: code that has it is
-refused (:func:`kmend.diff.select.select`).
+Neither instruction touches the flags; together they are as long as the one in whose place they stand.
+The proof against the kernel's image is made with the original object as it was compiled: on disk the
+image has the number of above. ``runtime_shift_…`` (a shift by an immediate, three bytes) has no such
+form and stays: code that has it is refused (:func:`kmend.diff.select.select`).
 """
 
 from __future__ import annotations
