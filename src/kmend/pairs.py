@@ -1,12 +1,12 @@
 """From a patch applied in memory to pairs of objects: which units it reaches, each compiled twice.
 
-A header's change may reach thousands of units; those that see the same text after preprocessing are
-left out before anything is compiled.
+A header's change may reach thousands of units; those for which it makes no difference are left out
+before anything is compiled: :mod:`kmend.patch.items` says how that is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from kmend.core.target import Linkage, Target, Unit
 from kmend.kernel import compile as compiling
 from kmend.kernel import kbuild, overlay
 from kmend.patch.apply import Applied
+from kmend.patch.items import unseen
 from kmend.patch.lines import with_line_control
 from kmend.patch.reach import Reach, reach
 
@@ -60,6 +61,11 @@ class _Lookup:
         from kmend.kernel import headers
 
         return headers.units_reached(self.target, [header], self.progress)
+
+    def mentioning(self, names: Iterable[str]) -> frozenset[str]:
+        from kmend.kernel import headers
+
+        return headers.mentioning(self.target, names, self.progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +161,7 @@ class Compiler:
         files: Mapping[str, bytes | None],
         tree: Path,
     ) -> tuple[Unit, ...]:
-        """Those candidates whose preprocessed text a header change really changes.
+        """Those candidates that can see a difference after preprocessing.
 
         Raises:
             Refused: ``library-member``: it changes one that cannot be live patched.
@@ -171,10 +177,11 @@ class Compiler:
             scratch=self.scratch,
             progress=self.progress,
             check=lambda unit, deps: self._only_patched(unit, tree, files, deps),
+            same=unseen,
             patched_flags=include_flags(),
         )
         self.progress.step(
-            f"{len(differing)} of {len(compiled)} units that may include a changed header see another text"
+            f"{len(differing)} of {len(compiled)} units that may include a changed header can see the change"
         )
         refusals = [
             Refusal(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -23,6 +24,7 @@ class Lookup:
     compiled: dict[str, tuple[Unit, ...]]
     included: dict[str, tuple[str, ...]] = field(default_factory=dict)
     headers: dict[str, tuple[Unit, ...]] = field(default_factory=dict)
+    words: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def units(self, source: str) -> tuple[Unit, ...]:
         return self.compiled.get(source, ())
@@ -35,6 +37,9 @@ class Lookup:
 
     def including(self, header: str) -> tuple[Unit, ...]:
         return self.headers.get(header, ())
+
+    def mentioning(self, names: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*(self.words.get(name, frozenset()) for name in names))
 
 
 EXT4 = unit("fs/ext4/mballoc.c", "ext4", Linkage.MODULE)
@@ -132,6 +137,28 @@ def test_a_headers_units_are_candidates() -> None:
 def test_a_unit_whose_own_file_changes_is_no_candidate() -> None:
     found = reach(applied("fs/ext4/ext4.h", "include/linux/fs.h", "fs/ext4/mballoc.c"), LOOKUP)
     assert (found.units, found.candidates) == ((EXT4,), (CORE, FAIR))
+
+
+OLD, NEW = b"int old(void);\n", b"int old(void);\nint brand_new(void);\n"
+
+
+def test_a_header_that_only_adds_names_reaches_nobody_else() -> None:
+    change = applied("include/linux/fs.h", old=OLD, new=NEW)
+    both = Applied((*change.files, *applied("fs/ext4/mballoc.c").files))
+    assert reach(both, LOOKUP).candidates == ()
+    assert objects(reach(both, LOOKUP)) == ["fs/ext4/mballoc.o"]
+
+
+@pytest.mark.parametrize(
+    ("where", "seen"), [("fs/ext4/mballoc.c", False), ("include/linux/mm.h", True), ("kernel/fork.c", True)]
+)
+def test_a_name_that_was_there_already_may_be_seen(where: str, seen: bool) -> None:
+    """A macro would change what it means; not in the units that are compiled anyway."""
+    lookup = replace(LOOKUP, words={"brand_new": frozenset({where})})
+    both = Applied(
+        (*applied("include/linux/fs.h", old=OLD, new=NEW).files, *applied("fs/ext4/mballoc.c").files)
+    )
+    assert bool(reach(both, lookup).candidates) is seen
 
 
 def test_a_header_that_nobody_includes_is_not_compiled() -> None:

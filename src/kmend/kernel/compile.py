@@ -130,9 +130,9 @@ def compile_unit(
 
 @dataclass(frozen=True, slots=True)
 class Preprocessed:
-    """What the compiler proper would see of a unit: a digest of the text, and the files that were read."""
+    """What the compiler proper would see of a unit, and the files that were read."""
 
-    digest: str
+    text: bytes
     deps: tuple[str, ...]
 
 
@@ -147,7 +147,7 @@ def preprocessed(
 ) -> Preprocessed:
     """Preprocess ``unit`` as it lies in ``tree``; line markers are left out, ``__LINE__`` is expanded.
 
-    Two equal digests compile to equal code: the compiler gets the same words in the same order, and what
+    Two equal texts compile to equal code: the compiler gets the same words in the same order, and what
     else it knows of the lines goes into debug information only.
 
     Raises:
@@ -176,7 +176,7 @@ def preprocessed(
         raise _compile_error(unit, result.status, result.errors)
     deps = read_dependencies(listing.read_text(errors="surrogateescape"))
     listing.unlink()
-    return Preprocessed(hashlib.sha256(result.stdout).hexdigest(), deps)
+    return Preprocessed(result.stdout, deps)
 
 
 def compiler_arguments(
@@ -494,11 +494,13 @@ def differing_units(
     scratch: Path,
     progress: Progress,
     check: Callable[[Unit, Sequence[str]], None],
+    same: Callable[[bytes, bytes], bool],
     patched_flags: Sequence[str] = (),
 ) -> tuple[Unit, ...]:
     """Which units the preprocessor turns into another text in ``patched_tree``, in the order given.
 
-    ``check`` is called with what each patched unit read; ``patched_flags`` are for those alone.
+    ``check`` is called with what each patched unit read; ``same`` says whether two texts that differ mean the
+    same to a compiler; ``patched_flags`` are for the patched units alone.
 
     Raises:
         Failed: the first failure, as :func:`preprocessed`.
@@ -520,7 +522,7 @@ def differing_units(
         )
         check(unit, after.deps)
         before = preprocessed(unit, commands[unit], tree=target.source, scratch=folders[0], children=children)
-        return before.digest != after.digest
+        return before.text != after.text and not same(before.text, after.text)
 
     found: set[Unit] = set()
     with ThreadPoolExecutor(max_workers=config.jobs, thread_name_prefix="preprocess") as pool:

@@ -30,6 +30,7 @@ FILE = "includes.txt"
 FORCED = ("include/linux/compiler-version.h", "include/linux/kconfig.h", "include/linux/compiler_types.h")
 #: Folders of the tree that hold no code of the kernel itself, and other architectures.
 _LEFT_OUT = frozenset({"Documentation", "LICENSES", "tools", "samples", "scripts", "arch", "debian"})
+_FILES = ("--include=*.[chS]", "--include=*.inc")
 _LINE = re.compile(
     r'^([^:]+):[ \t]*#[ \t]*(?:include[ \t]*|define[ \t]+\w*INCLUDE_FILE[ \t]+)([<"])([^">]+)[">]'
 )
@@ -43,22 +44,8 @@ def build_index(target: Target, progress: Progress) -> None:
         Failed: the tree cannot be searched, or the index not be written.
     """
     progress.step(f"indexing the include lines of {target.release}")
-    tops = sorted(
-        entry.name
-        for entry in os.scandir(target.source)
-        if entry.is_dir() and entry.name not in _LEFT_OUT and not entry.name.startswith(".")
-    )
-    found = run(
-        ["grep", "-rHE", "--include=*.[chS]", "--include=*.inc", "-e", _PATTERN, *tops, "arch/x86"],
-        cwd=target.source,
-        check=False,
-    )
-    if found.status != 0:
-        raise Failed(
-            f"the sources in {target.source} could not be searched", why=found.errors.strip(), rule="kbuild"
-        )
     rows: dict[str, list[str]] = {}
-    for line in found.text.splitlines():
+    for line in _search(target, ["-rHE", *_FILES, "-e", _PATTERN, *_tops(target)]):
         match = _LINE.match(line)
         if match:
             mark = '"' if match[2] == '"' else ""
@@ -143,3 +130,35 @@ def _units(target: Target, files: frozenset[str]) -> Iterator[Unit]:
     for unit in kbuild.unit_map(target).all_units():
         if unit.source in files or not unit.source.endswith((".c", ".S")):
             yield unit
+
+
+def mentioning(target: Target, names: Iterable[str], progress: Progress) -> frozenset[str]:
+    """The C files and headers of the tree in which one of the names stands (a second or two).
+
+    Raises:
+        Failed: the tree cannot be searched.
+    """
+    progress.step("looking for the names that a header's change adds")
+    patterns = [word for name in sorted(names) for word in ("-e", name)]
+    # As parts of words first: that is ten times as fast as whole words, and nearly always enough.
+    found = _search(target, ["-rlF", *_FILES, *patterns, *_tops(target)])
+    return frozenset(_search(target, ["-lwF", *patterns, *found])) if found else frozenset()
+
+
+def _tops(target: Target) -> list[str]:
+    """The folders of the tree that hold the kernel's own code."""
+    names = (
+        entry.name
+        for entry in os.scandir(target.source)
+        if entry.is_dir() and entry.name not in _LEFT_OUT and not entry.name.startswith(".")
+    )
+    return [*sorted(names), "arch/x86"]
+
+
+def _search(target: Target, arguments: list[str]) -> list[str]:
+    result = run(["grep", *arguments], cwd=target.source, check=False)
+    if result.status > 1:
+        raise Failed(
+            f"the sources in {target.source} could not be searched", why=result.errors.strip(), rule="kbuild"
+        )
+    return result.text.splitlines()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from kmend.core.errors import Refusal, Refused
 from kmend.core.target import Linkage, Unit
 from kmend.patch.apply import Applied, AppliedFile
+from kmend.patch.items import added_names
 
 
 class UnitLookup(Protocol):
@@ -26,6 +27,9 @@ class UnitLookup(Protocol):
 
     def including(self, header: str, /) -> tuple[Unit, ...]:
         """Every unit that may include the header, through others as well; too many rather than too few."""
+
+    def mentioning(self, names: Iterable[str], /) -> frozenset[str]:
+        """The C files and headers of the unpatched tree in which one of the names stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +207,28 @@ def reach(applied: Applied, lookup: UnitLookup) -> Reach:
         raise Refused(refusals)
     units = tuple(dict.fromkeys(u for file in files if not is_header(file.path) for u in file.units))
     certain = set(units)
-    candidates = dict.fromkeys(u for file in files if is_header(file.path) for u in file.units)
+    certain_files = {u.source for u in units}
+    quiet = _only_add([f for f in applied.files if is_header(f.path)], certain_files, lookup)
+    candidates = dict.fromkeys(
+        u for file in files if is_header(file.path) and file.path not in quiet for u in file.units
+    )
     return Reach(tuple(files), units, tuple(u for u in candidates if u not in certain), tuple(warnings))
+
+
+def _only_add(headers: list[AppliedFile], certain: set[str], lookup: UnitLookup) -> frozenset[str]:
+    """The headers whose change only adds names that nobody used: no unit but the ``certain`` ones sees it."""
+    added = {
+        file.path: names
+        for file in headers
+        if file.old is not None
+        and file.new is not None
+        and (names := added_names(file.old, file.new)) is not None
+    }
+    names = frozenset().union(*added.values())
+    if not names:
+        return frozenset(added)
+    elsewhere = lookup.mentioning(names) - certain
+    return frozenset() if elsewhere else frozenset(added)
 
 
 def is_header(path: str) -> bool:
