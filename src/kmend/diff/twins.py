@@ -47,6 +47,8 @@ class Twins:
 
 _COUNTED = re.compile(r"^(?:__UNIQUE_ID_|__initcall__kmod_|__exitcall_|__setup_)")
 _DIGITS = re.compile(r"\d+")
+#: What :class:`~kmend.diff.unit.UnitObject` adds to the name of a second symbol of one name.
+_NTH = re.compile(r"#\d+$")
 
 
 def section_class(unit: UnitObject, part: Part) -> str:
@@ -264,8 +266,17 @@ class _Locals:
 
 def _ranks(keys: list[str]) -> list[int]:
     """For each numbered name its place among them by number: GCC numbers in the order of declaration."""
-    numbers = [int(key.partition("#")[0].rpartition(".")[2]) for key in keys]
+    numbers = [(len(digits := _digits(key)), digits) for key in keys]
     return [sorted(numbers).index(number) for number in numbers]
+
+
+def _digits(key: str) -> str:
+    """The number behind a name (``3`` of ``count.3`` and of ``count.3#2``) as it is written, for comparing.
+
+    As text, in the order of numbers by its length first: a name may hold more digits than a number may.
+    """
+    found = NUMBER.search(_NTH.sub("", key))
+    return found[0][1:].lstrip("0") if found else ""
 
 
 def _in_order(keys: Iterable[str]) -> list[str]:

@@ -103,14 +103,18 @@ class Ref:
     content: bytes = b""
 
 
+#: Bytes that no character exceeds (gcc: 1, 2 or 4).
+_WIDEST = 8
+
+
 def _string(section: Section, start: int) -> bytes | None:
     """The string literal at ``start`` with its NUL, which is as wide as the section's entries.
 
     ``L"SecureBoot"`` of the EFI code stands in ``.rodata.str2.2``: two bytes for each character.
     """
-    if not 0 <= start < section.size:
-        return None
     width = max(section.entry_size, 1)
+    if not 0 <= start < section.size or width > _WIDEST:
+        return None
     end = section.data.find(bytes(width), start)
     while end >= 0 and (end - start) % width:
         end = section.data.find(bytes(width), end + 1)
@@ -169,9 +173,13 @@ class UnitObject:
                 continue  # the linker throws it away (scripts/module.lds.S, DISCARDS)
             if is_declaration(section.name):
                 continue  # said to kmend, not to the kernel
-            if symbol.value + symbol.size > section.size:
+            if symbol.value + symbol.size > section.size or not symbol.name:
+                why = "reaches beyond its section" if symbol.name else "has no name"
                 raise Failed(
-                    f"{self.name}: {symbol.name} reaches beyond its section {section.name}", rule="bad-elf"
+                    f"{self.name}: a symbol in {section.name} {why}",
+                    why=f"symbol {symbol.index} {symbol.name}".rstrip(),
+                    next_step="compile the object again",
+                    rule="bad-elf",
                 )
             kind = PartKind.FUNCTION if symbol.type == STT_FUNC else PartKind.DATA
             place = (symbol.section, symbol.value, kind)
@@ -179,9 +187,10 @@ class UnitObject:
                 self.aliases[symbol.name] = seen[place].key
                 self._by_symbol[symbol.index] = seen[place]
                 continue
-            counts[symbol.name] = counts.get(symbol.name, 0) + 1
-            nth = counts[symbol.name]
-            key = symbol.name if nth == 1 else f"{symbol.name}#{nth}"
+            key = symbol.name
+            while key in self.parts:  # assembler code may name a symbol x#2 itself
+                counts[symbol.name] = counts.get(symbol.name, 1) + 1
+                key = f"{symbol.name}#{counts[symbol.name]}"
             part = Part(
                 key,
                 symbol.name,

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from kmend.core.errors import UsageError
 from kmend.elf.model import (
     EM_X86_64,
+    SHN_LORESERVE,
     SHN_XINDEX,
     SHT_NOBITS,
     SHT_NULL,
@@ -24,6 +25,10 @@ from kmend.elf.model import (
     Section,
     Symbol,
 )
+
+#: No section without contents may claim more: the code model that the kernel and its modules are compiled
+#: with (``-mcmodel=kernel``) reaches no further than 2 GB.
+MAX_NOBITS = 1 << 31
 
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 _SHDR = struct.Struct("<IIQQQQIIQQ")
@@ -54,7 +59,8 @@ def _text(table: bytes, offset: int, name: str) -> str:
 def read(data: bytes, name: str = "the file") -> ElfFile:
     """Parse a little-endian x86-64 ELF64 file with section headers; ``name`` is for messages only.
 
-    Every offset and count is checked against the file's size before it is used.
+    Every offset and count is checked against the file's size before it is used; sections may not lie upon
+    each other, so that what is read never takes more room than the file.
 
     Raises:
         UsageError: (rule ``bad-elf``) not such a file, truncated, or inconsistent.
@@ -78,14 +84,22 @@ def read(data: bytes, name: str = "the file") -> ElfFile:
     rows = list(_SHDR.iter_unpack(data[shoff : shoff + shnum * _SHDR.size]))
     if rows[0][1] != SHT_NULL:
         raise _bad(name, "its first section is not the null section")
+    if len(rows) > SHN_LORESERVE:
+        raise _bad(name, f"it has {len(rows)} sections; files with more than {SHN_LORESERVE} are not read")
     contents: list[bytes] = []
+    room = len(data)
     for row in rows:
         kind, offset, size = row[1], row[4], row[5]
         if kind in (SHT_NULL, SHT_NOBITS):
+            if size > MAX_NOBITS and kind == SHT_NOBITS:
+                raise _bad(name, f"a section without contents claims {size} bytes")
             contents.append(b"")
             continue
         if offset + size > len(data):
             raise _bad(name, "a section's contents lie outside of it: truncated?")
+        room -= size
+        if room < 0:
+            raise _bad(name, "its sections lie upon each other")
         contents.append(data[offset : offset + size])
     names = [_text(contents[shstrndx], row[0], name) for row in rows]
     symbols = _symbols(name, rows, contents, names)
@@ -97,7 +111,7 @@ def read(data: bytes, name: str = "the file") -> ElfFile:
             type=row[1],
             flags=row[2],
             address=row[3],
-            size=row[5],
+            size=row[5] if row[1] == SHT_NOBITS else len(contents[i]),
             link=row[6],
             info=row[7],
             align=row[8],
@@ -137,7 +151,7 @@ def _symbols(
                 raise _bad(name, "a symbol's section index is missing")
             section = wide[i]
         kind = info & 15
-        if shndx < 0xFF00 and section >= len(rows):
+        if (shndx < SHN_LORESERVE or shndx == SHN_XINDEX) and section >= len(rows):
             raise _bad(name, f"symbol {i} stands in section {section}, which does not exist")
         label = names[section] if kind == 3 and section < len(rows) else _text(table, st_name, name)
         out.append(Symbol(i, label, value, size, kind, info >> 4, other, section))

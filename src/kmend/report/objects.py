@@ -39,7 +39,7 @@ def to_text(diff: ObjectDiff, selection: Selection) -> str:
         if not isinstance(rows, list):
             continue
         for row in rows:
-            name = row.get("name") or f"{row['rule']}: {row['what']}"
+            name = row["name"] if "name" in row else f"{row['rule']}: {row['what']}"
             why = row.get("why")
             lines.append(f"{kind:8} {name}" + (f"  ({why})" if why else ""))
     return "\n".join(lines) or "the two objects mean the same"
