@@ -17,7 +17,7 @@ from kmend.elf.model import ET_REL, SHN_LIVEPATCH, STT_OBJECT, STT_SECTION, ElfF
 from kmend.module.layout import Layout, modinfo
 
 #: ``.klp.sym.OBJECT.NAME,SYMPOS`` (kernel/livepatch/core.c, klp_resolve_symbols).
-KLP_SYMBOL = re.compile(r"^\.klp\.sym\.([^.]{1,55})\.([^,]{1,511}),(\d+)$")
+KLP_SYMBOL = re.compile(r"^\.klp\.sym\.([^.]{1,55})\.([^,]{1,511}),([0-9]{1,9})$")
 #: ``.klp.rela.OBJECT.SECTION``
 KLP_RELA = re.compile(r"^\.klp\.rela\.([^.]{1,55})\.(.+)$")
 PATCH_SYMBOL = "kmend_patch"
@@ -156,7 +156,7 @@ def descriptors(elf: ElfFile, lay: Layout) -> tuple[bool | None, tuple[ObjectFun
         return None, None
     section = elf.sections[patch.section]
     place = memory.pointer(section, patch.value + lay.patch_objs)
-    if place is None:
+    if place is None or patch.value + lay.patch_replace >= len(section.data):
         return None, None
     replace = bool(section.data[patch.value + lay.patch_replace])
     table, at, _ = place

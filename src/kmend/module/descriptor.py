@@ -92,8 +92,10 @@ def parse(text: str, place: str) -> Descriptor:
     """
     try:
         top = _Table(tomllib.loads(text), place, place)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # no TOML; also a number of more digits than Python takes
         raise bad_descriptor(place, str(error), "mend the line") from error
+    except RecursionError:
+        raise bad_descriptor(place, "its values are nested too deeply", "mend the line") from None
     descriptor = Descriptor(
         name=top.get("name", str, ""),
         replace=top.get("replace", bool, True),
