@@ -311,7 +311,7 @@ def _run(
             continue
         before = content(old)
         if before.lines is None:
-            if file.form is Form.MODIFIED and file.hunks and all(h.old_count == 0 for h in file.hunks):
+            if file.form is Form.MODIFIED and len(file.hunks) == 1 and file.hunks[0].old_count == 0:
                 _create(file, old, before, refusals)  # diff -N without a date: an absent file looks empty
             else:
                 refusals.append(_missing(file, old))

@@ -17,16 +17,20 @@ from typing import NoReturn
 from kmend.core.errors import Refusal, Refused, UsageError
 from kmend.patch.model import FilePatch, Form, Hunk, HunkLine, PatchSet, PatchSource, Side
 
-HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(.*)")
+#: At most nine digits: no file has more lines, and Python refuses to make a number of thousands of them.
+HUNK = re.compile(rb"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@(.*)")
 GIT_HEADER = re.compile(rb"diff --git (\S.*)")
 #: git's extended header lines (git-diff(1), "generating patch text with -p").
 GIT_EXTENDED = re.compile(
     rb"(old mode|new mode|deleted file mode|new file mode|copy from|copy to|rename from|rename to"
     rb"|similarity index|dissimilarity index|index|GIT binary patch|Binary files) ?(.*)"
 )
-BINARY = re.compile(rb"(?:Binary files (.*) and (.*) differ|GIT binary patch)\s*$")
-#: The date behind a name: after a tab (GNU diff), or after blanks (old diffs).
-DATE = re.compile(rb"(?:\t.*|[ ]+(?:\d{4}-\d\d-\d\d|(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) [A-Z][a-z][a-z] ).*)$")
+BINARY = re.compile(rb"(?:Binary files .* differ|GIT binary patch)\s*$")
+#: The date behind a name: after a tab (GNU diff), or after blanks (old diffs). Looked for at the first blank
+#: of a row alone, so that a line of nothing but blanks takes no time.
+DATE = re.compile(
+    rb"(?:\t.*|(?<![ ])[ ]+(?:\d{4}-\d\d-\d\d|(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) [A-Z][a-z][a-z] ).*)$"
+)
 #: GNU diff -N gives a file that is not there the epoch as its date, in local time.
 EPOCH = re.compile(rb"(?:1969-12-31|1970-01-01) \d\d:\d\d:\d\d")
 COMMIT = re.compile(rb"(?:From|commit) ([0-9a-f]{40})\b")
@@ -36,6 +40,8 @@ UPSTREAM = re.compile(
 )
 SUBJECT_TAGS = re.compile(r"^(?:Re:\s*)?(?:\[[^\]]*\]\s*)+")
 SYMLINK, SUBMODULE = "120000", "160000"
+#: Bytes of the longest git header whose names are told apart: twice PATH_MAX (include/uapi/linux/limits.h).
+LONGEST = 2 * 4096
 
 
 def parse(texts: Sequence[tuple[str, bytes]], *, strip: int | Mapping[str, int] | None = None) -> PatchSet:
@@ -92,7 +98,7 @@ def read_series(text: str) -> tuple[SeriesEntry, ...]:
         for option in words[1:]:
             if option == "-pab":
                 strip = 1
-            elif re.fullmatch(r"-p\d+", option):
+            elif re.fullmatch(r"-p[0-9]{1,3}", option):
                 strip = int(option[2:])
             else:
                 raise UsageError(
@@ -184,7 +190,10 @@ class _Reader:
         form = Form.MODIFIED
         if old_name is None and new_name is None:
             self.malformed("both names are /dev/null")
-        if old_name is None or (EPOCH.search(old_line) and hunks[0].old_count == 0):
+        whole = len(hunks) == 1 and hunks[0].old_count == 0
+        if old_name is None and not whole:
+            self.malformed("the file is new, but its hunks have lines or places of an old one")
+        if old_name is None or (EPOCH.search(old_line) and whole):
             form, old_name = Form.CREATED, None
         elif new_name is None or (EPOCH.search(new_line) and hunks[-1].new_count == 0):
             form, new_name = Form.DELETED, None
@@ -208,6 +217,9 @@ class _Reader:
                 unquote(match[2]) if key.endswith((" from", " to")) else match[2].decode(errors="replace")
             )
             self.at += 1
+        for word in ("rename", "copy"):
+            if (f"{word} from" in extended) != (f"{word} to" in extended):
+                self.malformed(f"a {word} that names one file alone")
         if self.bare().startswith(b"--- ") and self.bare(1).startswith(b"+++ "):
             self.plain_file(extended, start)
             return
@@ -262,7 +274,7 @@ class _Reader:
         if form in (Form.RENAMED, Form.COPIED):
             # these two lines are the only names without prefixes, and the only ones that blanks cannot blur
             word = "rename" if form is Form.RENAMED else "copy"
-            old_name, new_name = git[f"{word} from"], git.get(f"{word} to", new_name)
+            old_name, new_name = git[f"{word} from"], git[f"{word} to"]
             strip = max(0, (strip or 1) - 1)
         elif strip is None and self.lines[start].startswith(b"diff --git "):
             strip = git_strip(old_name, new_name)
@@ -386,6 +398,8 @@ def git_names(text: bytes) -> tuple[str | None, str | None]:
     quoted = re.fullmatch(rb'("(?:\\.|[^"\\])*"|\S+) ("(?:\\.|[^"\\])*"|\S+)', text)
     if quoted:
         return unquote(quoted[1]), unquote(quoted[2])
+    if len(text) > LONGEST:
+        return None, None
     # names with blanks are not quoted: they are told apart only where both are the same behind their prefixes
     for at in (i for i, char in enumerate(text) if char == 0x20):
         old, new = text[:at], text[at + 1 :]
@@ -473,7 +487,7 @@ def _decoded(text: str) -> str:
             continue
         try:
             parts.append(part.decode(charset or "utf-8", "replace"))
-        except LookupError:
+        except (LookupError, ValueError):  # no such code; a code that cannot replace what it does not know
             parts.append(part.decode("utf-8", "replace"))
     return "".join(parts)
 
