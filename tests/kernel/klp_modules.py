@@ -64,7 +64,7 @@ class ObjectRow:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A livepatch module: ``objs[]``, ``states[]``, ``replace`` (None: a parameter), and its kind of callbacks.
+    """A livepatch module: ``objs[]``, ``states[]``, ``replace`` (None: a parameter), its callbacks.
 
     ``loglevel``: the callbacks keep ``console_loglevel``: 1 as test_klp_state.c does, 2 as test_klp_state2.c.
     ``shows``: replacement functions that print one line into a file of /proc.

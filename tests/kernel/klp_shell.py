@@ -329,7 +329,7 @@ Command = Callable[[list[str], str], tuple[int, str]]
 
 @dataclass
 class Shell:
-    """Runs nodes. ``commands`` are what the script may call; ``write`` is given output that goes to a file."""
+    """Runs nodes. ``commands`` are what the script may call; ``write`` is given what goes to files."""
 
     commands: dict[str, Command]
     write: Callable[[str, str], None]

@@ -16,7 +16,7 @@ from klp_modules import LIVEPATCHES, PLAIN, VMLINUX, World
 from klp_shell import Exit, Shell, Unsupported
 
 from kmend.core.target import Target
-from kmend.klp import sysfs
+from kmend.klp import core, sysfs
 from kmend.klp.ftrace import set_ftrace_enabled
 from kmend.klp.line import LINES, Line
 from kmend.klp.module import delete_module, load_module
@@ -55,7 +55,7 @@ class Scenario:
 
 @dataclass
 class Replay:
-    """One script on a fresh machine. The commands are those of ``functions.sh``, with its words in the log."""
+    """One script on a fresh machine. The commands are those of ``functions.sh``."""
 
     folder: Path
     script: Path
@@ -338,7 +338,6 @@ def test_every_selftest_scenario_has_the_kernels_log_on_the_model(
 
 def test_the_replay_finds_a_model_that_is_wrong(target_56: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the second log line of a transition, no scenario of a script may pass."""
-    from kmend.klp import core
 
     def silent(k: Kernel, patch: object, state: int) -> None:
         k.debug, keep = frozenset(), k.debug
@@ -385,7 +384,7 @@ def test_the_table_of_modules_says_what_the_c_sources_say(
             assert body.index("this has been live patched") < body.index("}")
         states = re.search(r"\.id = (\w+),\s*\.version = (\w+),", text)
         defined = dict(re.findall(r"#define (\w+) (\d+)", text))
-        assert row.states == (tuple([(int(defined[states[1]]), int(defined[states[2]]))]) if states else ())
+        assert row.states == (((int(defined[states[1]]), int(defined[states[2]])),) if states else ())
         assert (row.replace is True) == (".replace = true" in text)
         assert (row.replace is None) == ("patch.replace = replace" in text)
         assert row.pre_patch_ret == ("return pre_patch_ret;" in text)
