@@ -23,6 +23,7 @@ from enum import Enum
 from kmend.core.errors import Refusal
 from kmend.diff.compare import ObjectDiff, cold_parent, without_identity
 from kmend.diff.declared import CallbackKind
+from kmend.diff.exports import exports_of, is_export_table
 from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
@@ -462,15 +463,15 @@ class _Selector:
         for name in self.diff.changed_sections:
             if name.startswith(_INFORMATION) or self._wanted_as_it_is(name):
                 continue
-            export = "ksymtab" in name or "kcrctab" in name or "export_symbol" in name
+            if is_export_table(name):
+                continue
             self.refuse(
-                "export-changed" if export else "init-data" if name.startswith(_INIT) else "changed-section",
+                "init-data" if name.startswith(_INIT) else "changed-section",
                 f"section {name}",
-                "the patch changes what the kernel exports to modules, which is fixed when it is loaded"
-                if export
-                else "the patch changes a table that kmend does not carry over",
+                "the patch changes a table that kmend does not carry over",
                 "leave this part of the change to the next reboot",
             )
+        self._exports()
         before, after = Counter(self.diff.old_special.orphans), Counter(self.diff.new_special.orphans)
         for table, where in (before - after) | (after - before):
             self.refuse(
@@ -478,6 +479,26 @@ class _Selector:
                 f"section {table}",
                 f"its entries about {where}, which no function symbol covers, changed",
                 "leave the change to the next reboot",
+            )
+
+    def _exports(self) -> None:
+        """The kernel's own table decides which modules may load; replaced code does not depend on it."""
+        old, new = exports_of(self.old), exports_of(self.new)
+        for name in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+            verb = (
+                "exports"
+                if name not in old
+                else "stops exporting"
+                if name not in new
+                else "otherwise exports"
+            )
+            self.warn(
+                "export-changed",
+                name,
+                f"the patch {verb} it; what the running kernel exports is fixed, and stays as it is",
+                "nothing, unless a module that is yet to be built shall use it"
+                if name not in old
+                else "nothing, unless a module must be kept from using it",
             )
 
     # -- closure ---------------------------------------------------------------
