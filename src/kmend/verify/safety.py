@@ -130,14 +130,19 @@ class Review:
     warnings: tuple[Refusal, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Who reaches a function in the kernel as it is, by name: by a direct call, or by its address."""
+
+    calls: tuple[str, ...]
+    holders: tuple[str, ...]
+
+
 class Callers(Protocol):
-    """Who reaches a function from outside of its unit, in the kernel as it is."""
+    """Knows the whole kernel, not only the units of a build."""
 
-    def outside(self, owner: str, name: str) -> tuple[str, ...] | None:
-        """Names of functions and variables that call or hold it, of all units and modules of the target.
-
-        Those of its own unit may be among them. None: it cannot be told.
-        """
+    def outside(self, owner: str, name: str) -> Reached | None:
+        """Who reaches a global function of the object ``owner``, from all of its units; None: not known."""
 
 
 def review(
@@ -176,12 +181,15 @@ class _Known:
     callers: Callers | None
 
     def others(self, owner: str, name: str) -> tuple[str, ...] | None:
-        """Who reaches a global function and was not compiled anew; None: not known."""
+        """Who reaches a global function and was not compiled anew; None: not known.
+
+        A pointer to it counts wherever it is: who calls through it is not known.
+        """
         found = self.callers.outside(owner, name) if self.callers is not None else None
         if found is None:
             return None
-        ours = {part.name for _, unit in self.objects for part in unit.parts.values()}
-        return tuple(who for who in found if who not in ours)
+        ours = {n for o, unit in self.objects if o == owner for n in (*unit.parts, *unit.aliases)}
+        return (*found.holders, *(who for who in found.calls if who not in ours))
 
 
 class _Unit:
@@ -372,17 +380,15 @@ class _Unit:
         )
         counts = [_tally(graph, key) for graph, _, key in sides]
         wanted = frozenset(counts[0] | counts[1])
-        if not wanted:
+        if wanted <= _FREE:
             return
-        orders = [
-            Flow(graph, special, key).order(wanted) - {(START, RETURN)} for graph, special, key in sides
-        ]
+        orders = [_order(Flow(graph, special, key), wanted) for graph, special, key in sides]
         if orders[0] == orders[1]:
             return
         locked = [_locked(graph, special, key) for graph, special, key in sides]
         words = [
             f"{name}() is called at {_places(counts[1][name])} (was {counts[0][name]})"
-            for name in sorted(wanted)
+            for name in sorted(wanted - _FREE)
             if counts[0][name] != counts[1][name]
         ]
         words += [f"{_step(pair)} may come now" for pair in sorted(orders[1] - orders[0])]
@@ -458,6 +464,20 @@ def _tally(graph: CallGraph, key: str) -> Counter[str]:
 def _locked(graph: CallGraph, special: SpecialSections, key: str) -> int:
     """How many instructions have a LOCK prefix: atomic_t, reference counts and bit operations alike."""
     return sum(len(special.entries(part.key, ".smp_locks")) for part in graph.pieces(key))
+
+
+def _order(flow: Flow, wanted: frozenset[str]) -> frozenset[tuple[str, str]]:
+    """Which lock or reference may come right after which; and what is freed next to which of them.
+
+    Freeing alone is no order of anything: ``if (p) kfree(p)`` instead of ``kfree(p)`` changes nothing here.
+    """
+    held = wanted - _FREE
+    beside = {
+        (a, b)
+        for a, b in (flow.order(wanted) if held != wanted else ())
+        if (a in _FREE and b in held) or (b in _FREE and a in held)
+    }
+    return (flow.order(held) | beside) - {(START, RETURN)}
 
 
 def _step(pair: tuple[str, str]) -> str:
