@@ -285,3 +285,20 @@ def test_an_offset_behind_a_lone_variable_is_not_taken_for_it(pair: Pair) -> Non
     """
     _, selection = pair(old, old.replace("x + r", "x - r"))
     assert "opaque-reference" in rules(selection)
+
+
+def test_literals_inside_of_one_another_keep_their_state(pair: Pair) -> None:
+    """``__compound_literal.N``: the outer one is known by its user, the inner one by the outer."""
+    old = """
+    struct inner { const int *row; int n; };
+    static const struct inner *const table[] = {
+        &(struct inner){ (int []){ 1, 2 }, 1 }, &(struct inner){ (int []){ 3, 4 }, 1 } };
+    int f(int i) { return table[i]->row[0]; }
+    int g(int i) { return outside(table[i]->row[1]); }
+    """
+    diff, selection = pair(old, old.replace("outside(", "outside(1 + "))
+    literals = [k for k in diff.new.parts if k.startswith("__compound_literal")]
+    assert len(literals) == 4, "GCC is expected to make a variable of each"
+    assert {diff.twins.original[k] for k in literals} == set(literals)
+    assert changed(selection) == {"g"}
+    assert not selection.refusals

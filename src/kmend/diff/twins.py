@@ -130,6 +130,10 @@ class _Locals:
         self.users = dict(original)
         self.new_locals = {p.key: p for p in new.variables() if numbered(p)}
         self.old_locals = {p.key: p for p in old.variables() if numbered(p)}
+        self.old_uses = self._uses(old, self.old_locals)
+        self.new_uses = self._uses(new, self.new_locals)
+        self.out: dict[str, tuple[str, Level]] = {}
+        self.used: set[str] = set()
 
     def _uses(self, unit: UnitObject, wanted: dict[str, Part]) -> dict[str, list[tuple[int, str]]]:
         """For each function and variable the numbered locals that it refers to, by place."""
@@ -154,16 +158,29 @@ class _Locals:
         )
 
     def match(self) -> dict[str, tuple[str, Level]]:
-        out: dict[str, tuple[str, Level]] = {}
-        used: set[str] = set()
-        old_uses = self._uses(self.old, self.old_locals)
-        new_uses = self._uses(self.new, self.new_locals)
+        while True:
+            known = len(self.out)
+            self._by_use()
+            self._by_name()
+            self._by_order()
+            if len(self.out) == known:
+                break
+            # What was found may itself refer to others: compound literals inside of one another.
+            self.users.update((new_key, old_key) for new_key, (old_key, _) in self.out.items())
+        self._by_contents()
+        return self.out
+
+    def _pair(self, new_key: str, old_key: str, how: Level) -> None:
+        self.out[new_key] = (old_key, how)
+        self.used.add(old_key)
+
+    def _by_use(self) -> None:
         votes: dict[str, set[str]] = {}
-        for user, uses in new_uses.items():
+        for user, uses in self.new_uses.items():
             twin = self.users.get(user)
             if twin is None or self.new.code(self.new.parts[user]) != self.old.code(self.old.parts[twin]):
                 continue
-            before = old_uses.get(twin, [])
+            before = self.old_uses.get(twin, [])
             if [at for at, _ in before] != [at for at, _ in uses]:
                 continue
             for (_, new_key), (_, old_key) in zip(uses, before, strict=True):
@@ -174,21 +191,12 @@ class _Locals:
                 claimed.setdefault(old_key, set()).add(new_key)
         for new_key, olds in votes.items():
             (old_key, *others) = olds
+            if new_key in self.out or old_key in self.used:
+                continue
             if not others and len(claimed[old_key]) == 1 and self._alike(new_key, old_key):
-                out[new_key] = (old_key, Level.USE)
-                used.add(old_key)
-        self._by_name(out, used, old_uses, new_uses)
-        self._by_order(out, used, old_uses, new_uses)
-        self._by_contents(out, used)
-        return out
+                self._pair(new_key, old_key, Level.USE)
 
-    def _by_name(
-        self,
-        out: dict[str, tuple[str, Level]],
-        used: set[str],
-        old_uses: dict[str, list[tuple[int, str]]],
-        new_uses: dict[str, list[tuple[int, str]]],
-    ) -> None:
+    def _by_name(self) -> None:
         def users(uses: dict[str, list[tuple[int, str]]]) -> dict[str, set[str]]:
             who: dict[str, set[str]] = {}
             for user, rows in uses.items():
@@ -203,30 +211,23 @@ class _Locals:
                     by_base.setdefault(base_name(part.name), []).append(key)
             return by_base
 
-        old_users, new_users = users(old_uses), users(new_uses)
-        before = groups(self.old_locals, used)
-        for name, keys in groups(self.new_locals, out).items():
+        old_users, new_users = users(self.old_uses), users(self.new_uses)
+        before = groups(self.old_locals, self.used)
+        for name, keys in groups(self.new_locals, self.out).items():
             olds = before.get(name, [])
             if len(keys) == len(olds) == 1 and self._alike(keys[0], olds[0]):
                 shared = new_users.get(keys[0], set()) & old_users.get(olds[0], set())
                 neither = keys[0] not in new_users and olds[0] not in old_users
                 if shared or neither:
-                    out[keys[0]] = (olds[0], Level.ONLY)
-                    used.add(olds[0])
+                    self._pair(keys[0], olds[0], Level.ONLY)
 
-    def _by_order(
-        self,
-        out: dict[str, tuple[str, Level]],
-        used: set[str],
-        old_uses: dict[str, list[tuple[int, str]]],
-        new_uses: dict[str, list[tuple[int, str]]],
-    ) -> None:
-        for user, uses in new_uses.items():
+    def _by_order(self) -> None:
+        for user, uses in self.new_uses.items():
             twin = self.users.get(user)
             if twin is None:
                 continue
-            left_new = _in_order(key for _, key in uses if key not in out)
-            left_old = _in_order(key for _, key in old_uses.get(twin, ()) if key not in used)
+            left_new = _in_order(key for _, key in uses if key not in self.out)
+            left_old = _in_order(key for _, key in self.old_uses.get(twin, ()) if key not in self.used)
             for name in _in_order(base_name(self.new_locals[k].name) for k in left_new):
                 news = [k for k in left_new if base_name(self.new_locals[k].name) == name]
                 olds = [k for k in left_old if base_name(self.old_locals[k].name) == name]
@@ -236,22 +237,20 @@ class _Locals:
                     and all(self._alike(a, b) for a, b in zip(news, olds, strict=True))
                 ):
                     for new_key, old_key in zip(news, olds, strict=True):
-                        out[new_key] = (old_key, Level.ORDER)
-                        used.add(old_key)
+                        self._pair(new_key, old_key, Level.ORDER)
 
-    def _by_contents(self, out: dict[str, tuple[str, Level]], used: set[str]) -> None:
+    def _by_contents(self) -> None:
         for key, part in self.new_locals.items():
-            if key in out or self.new.section_of(part).writable or self.new.relocs(part):
+            if key in self.out or self.new.section_of(part).writable or self.new.relocs(part):
                 continue
             for old_key, old_part in self.old_locals.items():
                 if (
-                    old_key not in used
+                    old_key not in self.used
                     and self._alike(key, old_key)
                     and not self.old.relocs(old_part)
                     and self.new.code(part) == self.old.code(old_part)
                 ):
-                    out[key] = (old_key, Level.CONTENTS)
-                    used.add(old_key)
+                    self._pair(key, old_key, Level.CONTENTS)
                     break
 
     def ambiguous(self, original: dict[str, str]) -> frozenset[str]:
