@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from kmend.module.resolve import Resolution
     from kmend.patch.model import PatchSet
     from kmend.patch.reach import Reach
-    from kmend.verify.symbols import Proof
+    from kmend.verify.symbols import Proof, World
 
 #: The stages behind the compiler: loaded while it runs.
 LATER = (
@@ -237,7 +237,7 @@ class _Build:
             self.warnings += selection.warnings
         works = [
             w
-            for w in self._share(works)
+            for w in self._share(works, view.world())
             if w.selection.included or w.selection.refusals or w.diff.declared.acts
         ]
         if any(w.selection.changed or w.selection.refusals or w.diff.declared.acts for w in works) or (
@@ -256,15 +256,21 @@ class _Build:
             raise Failed(f"{new.name} was compiled without its types", rule="internal")
         return changed_layouts(before, after)
 
-    def _share(self, works: list[UnitWork]) -> list[UnitWork]:
+    def _share(self, works: list[UnitWork], world: World) -> list[UnitWork]:
         """Let each unit bring along its new global functions and variables that another unit needs.
 
-        Of the same object: another module may have a global symbol of that name, which is not the one meant.
+        Another unit of the same object, or of one that has it in reach: another module may have a global
+        symbol of that name, which is not the one meant.
         """
         from kmend.diff.select import select
 
         while True:
-            wanted = {(work.unit.owner, name) for work in works for name in work.selection.externs}
+            wanted = {
+                (obj, name)
+                for work in works
+                for name in work.selection.externs
+                for obj in world.in_reach(work.unit.owner)
+            }
             again = False
             out = []
             for work in works:
@@ -286,26 +292,31 @@ class _Build:
     # -- proof ----------------------------------------------------------------------------------
 
     def _prove(self, view: TargetView, works: Sequence[UnitWork], compiler: Compiler) -> list[Proof]:
-        """Prove every unit; those of one object know of what the others bring and make global."""
+        """Prove every unit; each knows what the others in its reach bring and make global."""
         from kmend.module.output import PATCH
         from kmend.verify.symbols import Prover
 
-        provers = [Prover(view.world(), w.unit.owner, w.diff.old, w.diff.old_special) for w in works]
+        world = view.world()
+        provers = [Prover(world, w.unit.owner, w.diff.old, w.diff.old_special) for w in works]
         for work, prover in zip(works, provers, strict=True):
             shared: set[str] = {PATCH}
+            elsewhere: dict[str, str] = {}
             promoted: dict[str, Callable[[], Resolution | None]] = {}
-            for other, its in zip(works, provers, strict=True):
-                if other.unit.owner != work.unit.owner:
-                    continue
+            reach = world.in_reach(work.unit.owner)
+            others = [(w, its) for w, its in zip(works, provers, strict=True) if w.unit.owner in reach]
+            for other, its in sorted(others, key=lambda row: reach.index(row[0].unit.owner)):
                 for key, part in other.diff.new.parts.items():
                     twin = other.diff.twins.original.get(key)
                     if part.local:
                         continue
                     if twin is not None and other.diff.old.parts[twin].local:
-                        promoted[part.name] = partial(its.reach, other.diff.old.parts[twin])
+                        promoted.setdefault(part.name, partial(its.reach, other.diff.old.parts[twin]))
                     elif twin is None and key in other.selection.included:
-                        shared.add(part.name)
-            prover.prove(work.selection, frozenset(shared), promoted)
+                        if other.unit.owner == work.unit.owner:
+                            shared.add(part.name)
+                        else:
+                            elsewhere.setdefault(part.name, other.unit.owner)
+            prover.prove(work.selection, frozenset(shared), promoted, elsewhere)
         proofs = [prover.proof for prover in provers]
         for work, proof in zip(works, proofs, strict=True):
             if proof.mismatches:

@@ -11,7 +11,7 @@ from conftest import Pair, compiled
 from kmend.core.errors import Failed
 from kmend.core.target import VMLINUX
 from kmend.diff.unit import UnitObject
-from kmend.module.resolve import Exported, Livepatched
+from kmend.module.resolve import Exported, Livepatched, Shared
 from kmend.verify.provenance import VmlinuxBinary
 from kmend.verify.symbols import ExportRow, Proof, Prover, World, module_position
 
@@ -120,6 +120,26 @@ def test_what_another_module_exports_is_reached_through_it(pair: Pair, tmp_path:
     assert ("new-dependency", "far") in refused(
         proof(pair, old, "extern int far(int);\n" + new, without, "m")
     )
+
+
+def test_what_another_object_of_the_patch_brings_is_shared(pair: Pair, tmp_path: Path) -> None:
+    """A new global of a vmlinux unit, used by a module: one definition, inside of the livepatch module."""
+    new = OLD.replace("outside(x)", "outside(fresh(x))")
+    diff, selection = pair(OLD, "extern int fresh(int);\n" + new)
+    own = compiled(tmp_path, "own", OLD)
+    place = world(modules={"m": own, "provider": own}, needs=("provider",))
+    assert place.in_reach("m") == ("m", VMLINUX, "provider")
+    assert place.in_reach(VMLINUX) == (VMLINUX,)
+
+    def found(modules: World, **more: dict[str, str]) -> Proof:
+        return Prover(modules, "m", diff.old, diff.old_special).prove(selection, **more)
+
+    assert found(place, elsewhere={"fresh": VMLINUX}).externs["fresh"] == Shared(VMLINUX, "fresh")
+    assert ("symbol-missing", "fresh") in refused(found(place))
+    # the linker takes a module's own global first
+    with_own = compiled(tmp_path, "with_own", OLD + "int fresh(int x) { return x; }")
+    place = world(modules={"m": with_own})
+    assert found(place, elsewhere={"fresh": VMLINUX}).externs["fresh"] == Livepatched("m", "fresh", 0)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ from kmend.module.output import (
     bad_states,
     second_callback,
 )
-from kmend.module.resolve import Livepatched, Resolution
+from kmend.module.resolve import Livepatched, Resolution, Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class _Assembler(Output):
         self.satellites: dict[tuple[int, int, int], int] = {}
         self.refusals: list[Refusal] = []
         self.warnings: dict[tuple[str, str], Refusal] = {}
-        #: new global functions and variables of one unit that another unit of the same object refers to;
+        #: new global functions and variables of one unit that another unit refers to, by object and name:
         #: each module of the kernel may have a global name of its own
         self.shared: dict[tuple[str, str], tuple[int, str]] = {}
 
@@ -214,8 +214,8 @@ class _Assembler(Output):
             case LinkKind.EXTERN:
                 if link.name == PATCH:
                     symbol = self.patch
-                elif (unit.owner, link.name) in self.shared:
-                    symbol = self.parts[self.shared[unit.owner, link.name]][1]
+                elif (brought := self._brought(unit, link.name)) is not None:
+                    symbol = self.parts[brought][1]
                 else:
                     symbol, obj = self._reach(unit.externs[link.name])
             case LinkKind.STRING | LinkKind.CONST:
@@ -284,14 +284,20 @@ class _Assembler(Output):
 
     # -- special sections ----------------------------------------------------------
 
+    def _brought(self, unit: UnitPatch, name: str) -> tuple[int, str] | None:
+        """The new global of that name which another unit of the patch brings along; None: there is none."""
+        own = self.shared.get((unit.owner, name))
+        if own is not None:
+            return own
+        found = unit.externs.get(name)
+        return self.shared[found.obj, name] if isinstance(found, Shared) else None
+
     def _is_late(self, unit: UnitPatch, link: Link) -> bool:
         """Whether the link leads to a symbol of a module, which may be loaded after us."""
         resolution: Resolution | None = None
         if link.kind is LinkKind.OUTER:
             resolution = unit.outer[link.name]
-        elif (
-            link.kind is LinkKind.EXTERN and link.name != PATCH and (unit.owner, link.name) not in self.shared
-        ):
+        elif link.kind is LinkKind.EXTERN and link.name != PATCH and self._brought(unit, link.name) is None:
             resolution = unit.externs[link.name]
         return isinstance(resolution, Livepatched) and resolution.obj != VMLINUX
 
@@ -373,6 +379,9 @@ class _Assembler(Output):
         """The rows of every object that the patch changes."""
         objects: dict[str, ObjectEntry] = {}
         for number, unit in enumerate(self.units):
+            if unit.owner != VMLINUX and unit.selection.included:
+                # Also one that brings something new alone: its relocations are applied with its object.
+                objects.setdefault(unit.owner, ObjectEntry())
             for row in unit.selection.changed:
                 part = unit.selection.diff.old.parts[row.original]
                 replacement = self.parts[number, row.key][1]

@@ -38,7 +38,7 @@ from kmend.elf.x86_64 import R_64
 from kmend.elf.x86_64 import row as row_of
 from kmend.module.layout import SECTION as LAYOUT_SECTION
 from kmend.module.layout import Layout, modinfo
-from kmend.module.resolve import Exported, Livepatched, Resolution
+from kmend.module.resolve import Exported, Livepatched, Resolution, Shared
 
 #: Processed while the module is loaded: must not wait for a module that may come later.
 EARLY = frozenset({"__jump_table", ".static_call_sites", ".altinstructions", ".parainstructions"})
@@ -229,6 +229,8 @@ class Output:
                     symbol = self._symbol(resolution.symbol, SHN_LIVEPATCH, bind=STB_GLOBAL)
                     self.livepatched[resolution] = symbol
                 return symbol, resolution.obj
+            case Shared():
+                raise Failed(f"{resolution.name} is no symbol of the kernel's", rule="internal")
 
     def _undefined(self, name: str) -> OutSymbol:
         symbol = self.undefined.get(name)

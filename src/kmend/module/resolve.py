@@ -32,4 +32,17 @@ class Livepatched:
         return f".klp.sym.{self.obj}.{self.name},{self.sympos}"
 
 
-Resolution = Exported | Livepatched
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the patch itself brings along for another object: new, global, defined in a unit of ``obj``.
+
+    Both objects' code lies in the one module, so the reference is an ordinary one inside of it. ``obj`` is
+    ``vmlinux``, or a module that the referring one depends on: what the definition in turn needs of ``obj``
+    is then in place before the referring module is.
+    """
+
+    obj: str
+    name: str
+
+
+Resolution = Exported | Livepatched | Shared

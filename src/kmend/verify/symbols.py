@@ -20,7 +20,7 @@ from kmend.diff.special import SpecialSections
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, RefKind, UnitObject
 from kmend.elf.model import STB_LOCAL, STT_FILE, STT_SECTION
-from kmend.module.resolve import Exported, Livepatched, Resolution
+from kmend.module.resolve import Exported, Livepatched, Resolution, Shared
 from kmend.verify.provenance import (
     Binary,
     Findings,
@@ -71,6 +71,13 @@ class World:
     module: Callable[[str], UnitObject]
     dependencies: Callable[[str], tuple[str, ...]]
 
+    def in_reach(self, owner: str) -> tuple[str, ...]:
+        """The objects whose global symbols an object's code can mean, nearest first.
+
+        The kernel links a module against itself, vmlinux, and the modules that are loaded before it.
+        """
+        return (owner,) if owner == VMLINUX else (owner, VMLINUX, *self.dependencies(owner))
+
     def in_init(self, address: int) -> bool:
         """Whether an address of vmlinux lies in memory that is given back after the start."""
         return in_vmlinux_init(self.symbols, address)
@@ -104,20 +111,24 @@ class Prover:
         self.known: dict[str, int] = {}
         self._tried: dict[str, Mismatch | None] = {}
         self.promoted: dict[str, Callable[[], Resolution | None]] = {}
+        self.elsewhere: dict[str, str] = {}
 
     def prove(
         self,
         selection: Selection,
         shared: frozenset[str] = frozenset(),
         promoted: Mapping[str, Callable[[], Resolution | None]] | None = None,
+        elsewhere: Mapping[str, str] | None = None,
     ) -> Proof:
         """Compare what is replaced, and find everything that the module reaches.
 
         ``shared`` are new global symbols that another unit of the patch brings along for the same object.
-        ``promoted`` are functions and variables of the object's other units that the patch makes global:
-        each with how to reach what the running kernel has as a static one.
+        ``promoted`` are functions and variables of other units in reach that the patch makes global:
+        each with how to reach what the running kernel has as a static one. ``elsewhere`` are new global
+        symbols that units of other objects in reach (:meth:`World.in_reach`) bring along: name and object.
         """
         self.promoted = dict(promoted or {})
+        self.elsewhere = dict(elsewhere or {})
         for row in selection.changed:
             part = self.old.parts[row.original]
             if is_init(self.old.section_of(part)):
@@ -369,6 +380,9 @@ class Prover:
             found = self.promoted[name]()
             if found is not None:
                 self.proof.externs[name] = found
+            return
+        if name in self.elsewhere:
+            self.proof.externs[name] = Shared(self.elsewhere[name], name)
             return
         export = self.world.exports.get(name)
         if export is not None and export.owner == VMLINUX:
