@@ -244,9 +244,7 @@ class _Unit:
             why = f"it is the function of a kernel thread, started by {by}(), and loops until the thread ends"
         elif not flow.returns():
             why = "it loops without end and never returns"
-        elif any(loop & STOPS & {"kthread_should_stop", "kthread_freezable_should_stop"} for loop in loops):
-            if not self._thread_function(key) and not self._below_thread(key):
-                return None
+        elif any(self._until_stopped(key, loop) for loop in loops):
             why = "it loops until its kernel thread is told to stop (kthread_should_stop())"
         else:
             return None
@@ -265,6 +263,16 @@ class _Unit:
             return True
         parts = self.diff.old.parts
         return any(name in parts and self.old.routes(name, WAITS) for name in loop)
+
+    def _until_stopped(self, key: str, loop: frozenset[str]) -> bool:
+        """Whether a loop lasts as long as its thread, by what it asks.
+
+        In a function below the thread's own one to ask is not enough: balance_pgdat() asks as well, to break
+        off early, and comes back to kswapd(). It has to wait for something to do in that loop.
+        """
+        if not loop & {"kthread_should_stop", "kthread_freezable_should_stop"}:
+            return False
+        return self._thread_function(key) or (bool(loop & (WAITS - STOPS)) and self._below_thread(key))
 
     def _creator(self, key: str) -> str | None:
         """The function of the unit that starts a kernel thread with this one."""
