@@ -74,6 +74,7 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Hold the trial and report it; 0 when it passed, 1 otherwise."""
     from kmend.core.errors import UsageError
+    from kmend.kernel import lab_drivers
     from kmend.kernel.prepared import open_target
     from kmend.lab.host import Settings
     from kmend.lab.kernel import LabKernel
@@ -91,12 +92,14 @@ def run(args: argparse.Namespace, context: Context) -> int:
         )
     patches = tuple(Path(name) for name in args.module)
     release = Release(read_livepatch(patches[0]).release if args.kernel is None else args.kernel)
-    kernel = LabKernel.of(open_target(context.config, release))
+    target = open_target(context.config, release)
+    kernel = LabKernel.of(target, lab_drivers.provide(context.config, target, context.progress))
     request = TrialRequest(
         release=kernel.release,
         vmlinuz=kernel.vmlinuz,
         modules=kernel.modules,
         vmlinux=kernel.vmlinux,
+        drivers=kernel.drivers,
         patches=patches,
         cache=context.config.lab,
         script=Path(args.script) if args.script else None,

@@ -19,6 +19,8 @@ BOOT_MODULES = ("virtio_pci", "virtio_console", "9p", "9pnet_virtio", "overlay")
 class LabKernel:
     """A kernel to boot. ``modules`` is the folder ``…/lib/modules/RELEASE`` with ``modules.dep``.
 
+    ``drivers`` is a folder of the same form with what guests need and this kernel lacks (9p in some flavours).
+
     ``vmlinux`` is what the vmlinuz unpacks to, KASLR's relocations included; without it a first boot under
     TCG takes twice as long.
     """
@@ -27,9 +29,10 @@ class LabKernel:
     vmlinuz: Path
     modules: Path
     vmlinux: Path | None = None
+    drivers: Path | None = None
 
     @classmethod
-    def of(cls, target: Target) -> LabKernel:
+    def of(cls, target: Target, drivers: Path | None = None) -> LabKernel:
         """The kernel of a prepared target.
 
         Raises:
@@ -43,7 +46,7 @@ class LabKernel:
                 next_step="give it one, or use a packaged kernel: `kmend kernel fetch RELEASE`",
                 rule="no-lab-kernel",
             )
-        return cls(target.release, target.vmlinuz, target.modules, target.vmlinux)
+        return cls(target.release, target.vmlinuz, target.modules, target.vmlinux, drivers)
 
 
 def boot_modules(kernel: LabKernel) -> tuple[tuple[str, bytes], ...]:
@@ -58,6 +61,8 @@ def boot_modules(kernel: LabKernel) -> tuple[tuple[str, bytes], ...]:
         table = (kernel.modules / "modules.dep").read_text()
         builtin_file = kernel.modules / "modules.builtin"
         builtin = builtin_file.read_text() if builtin_file.exists() else ""
+        if kernel.drivers is not None:
+            table += (kernel.drivers / "modules.dep").read_text()
     except OSError as error:
         raise Unable(
             f"the modules of {kernel.release} cannot be used",
@@ -70,7 +75,13 @@ def boot_modules(kernel: LabKernel) -> tuple[tuple[str, bytes], ...]:
     for name in BOOT_MODULES:
         if name not in built_in:
             order.update(dict.fromkeys(_with_dependencies(name, table, kernel.release)))
-    return tuple((module_name(path) + ".ko", _contents(kernel.modules / path)) for path in order)
+    return tuple((module_name(path) + ".ko", _contents(_place(kernel, path))) for path in order)
+
+
+def _place(kernel: LabKernel, path: str) -> Path:
+    if kernel.drivers is not None and (own := kernel.drivers / path).is_file():
+        return own
+    return kernel.modules / path
 
 
 def module_name(path: str) -> str:

@@ -51,8 +51,8 @@ class TrialRequest:
 
     ``timeout`` is for one run of the script, ``transition_timeout`` for one transition, both in seconds.
     ``after``: run the script a third time when the patch has been taken back. ``cache`` is the folder of
-    snapshots (``config.lab``), ``vmlinux`` as in :class:`~kmend.lab.kernel.LabKernel`. With ``keep``
-    everything that was seen is written to a folder in the cache.
+    snapshots (``config.lab``), ``vmlinux`` and ``drivers`` as in :class:`~kmend.lab.kernel.LabKernel`. With
+    ``keep`` everything that was seen is written to a folder in the cache.
     """
 
     release: str
@@ -67,6 +67,7 @@ class TrialRequest:
     transition_timeout: float = 60.0
     settings: Settings = field(default_factory=Settings)
     vmlinux: Path | None = None
+    drivers: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def run_trial(request: TrialRequest, progress: Progress) -> TrialReport:
     infos = tuple(modinfo.read_livepatch(path) for path in request.patches)
     _check(infos, request.release)
     script = _read_script(request.script) if request.script else None
-    kernel = LabKernel(request.release, request.vmlinuz, request.modules, request.vmlinux)
+    kernel = LabKernel(request.release, request.vmlinuz, request.modules, request.vmlinux, request.drivers)
     host = Host(kernel, request.cache, request.settings, progress)
     host.snapshot().close()  # here, not in the threads: they would both wait for it in silence
     progress.step(f"trying {', '.join(info.name for info in infos)} on {request.release}")
