@@ -84,3 +84,13 @@ def test_an_object_without_types_has_none(tmp_path: Path) -> None:
     (tmp_path / "t.c").write_text(SOURCE)
     run(["gcc", "-c", tmp_path / "t.c", "-o", tmp_path / "t.o"])
     assert Types.of(read((tmp_path / "t.o").read_bytes()), "t.o") is None
+
+
+def test_who_takes_a_changed_structure_is_told(tmp_path: Path) -> None:
+    source = SOURCE + "int first(struct s *p) { return p->a; }\nint other(struct inner *p) { return p->s; }\n"
+    before, after = types(tmp_path, source), types(tmp_path, source.replace("char b;", "char b; long n;"))
+    found = {row.what: row for row in changed_layouts(before, after)}
+    assert "in this file first take one" in found["struct s"].why
+    assert "klp_shadow_get_or_alloc()" in found["struct s"].next_step
+    assert before.taking("struct inner") == ("other",)
+    assert before.taking("struct uses") == ()

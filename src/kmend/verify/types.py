@@ -38,6 +38,8 @@ _TAIL = {
     _DECL_TAG: (4, 0),
     _ENUM64: (0, 12),
 }
+#: How many functions a message names.
+_SHOWN = 4
 _SHELLS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
 #: Kinds whose third word is a type's number.
 _LEADS = (_PTR, *_SHELLS, _FUNC, _VAR, _DECL_TAG)
@@ -153,8 +155,8 @@ class Types:
     def _check_depth(inner: dict[int, tuple[int, ...]]) -> None:
         """``inner``: what is described together with a type; a C compiler nests to some tens."""
         height: dict[int, int] = {}
-        for start in inner:
-            path = [(start, iter(inner[start]))]
+        for start, first in inner.items():
+            path = [(start, iter(first))]
             open_ = {start}
             while path:
                 index, rest = path[-1]
@@ -281,6 +283,17 @@ class Types:
         parameters = [Parameter(text, self._handed(index) if index else "...") for text, index in rows]
         return Prototype(Parameter("return", self._handed(returns)), tuple(parameters))
 
+    def taking(self, name: str) -> tuple[str, ...]:
+        """The functions defined in the unit that have a parameter which points at the type (a key of
+        :attr:`named`), in the order of the types."""
+        wanted = f"{name} *"
+        out = []
+        for function in self.functions:
+            parameters = self.prototype(function).parameters
+            if any(p.name and p.type == wanted for p in parameters):
+                out.append(function)
+        return tuple(out)
+
     def _handed(self, index: int) -> str:
         """A text for a parameter's type: :meth:`_describe`, and what a pointer points at by its name."""
         kind, _, inner, _, _ = self._shelled(index)
@@ -305,6 +318,15 @@ class Types:
         return self._layout(self.named[name])
 
 
+def _users(types: Types, name: str) -> str:
+    """The functions of the unit that are handed such an object, in words."""
+    names = types.taking(name)
+    if not names:
+        return ""
+    more = len(names) - _SHOWN
+    return f"; in this file {', '.join(names[:_SHOWN])}{f' and {more} more' if more > 0 else ''} take one"
+
+
 def changed_layouts(old: Types, new: Types) -> tuple[Refusal, ...]:
     """A refusal for each type that both objects have and lay out differently, naming the first field."""
     out = []
@@ -318,8 +340,10 @@ def changed_layouts(old: Types, new: Types) -> tuple[Refusal, ...]:
                 Refusal(
                     "layout-changed",
                     name,
-                    f"{what}; objects that exist already have the old layout",
-                    "keep new data in a shadow variable (Documentation/livepatch/shadow-vars.rst)",
+                    f"{what}; objects that exist already have the old layout{_users(new, name)}",
+                    "leave the structure as it is and keep new data in a shadow variable: "
+                    "klp_shadow_get_or_alloc() where it is written, klp_shadow_get() where it is read, "
+                    "klp_shadow_free() where the object goes (Documentation/livepatch/shadow-vars.rst)",
                 )
             )
     values = new.enumerators
