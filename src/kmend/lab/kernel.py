@@ -19,7 +19,7 @@ BOOT_MODULES = ("virtio_pci", "virtio_console", "9p", "9pnet_virtio", "overlay")
 class LabKernel:
     """A kernel to boot. ``modules`` is the folder ``…/lib/modules/RELEASE`` with ``modules.dep``.
 
-    ``drivers`` is a folder of the same form with what guests need and this kernel lacks (9p in some flavours).
+    ``drivers`` is a folder of the same form with what guests need and this kernel lacks.
 
     ``vmlinux`` is what the vmlinuz unpacks to, KASLR's relocations included; without it a first boot under
     TCG takes twice as long.
