@@ -86,6 +86,13 @@ def test_threads_of_the_kernel_never_leave(
     assert set(refused) == {name}
 
 
+def test_a_thread_is_known_in_the_6_12_line_too(config: Config, target_612: Target, tmp_path: Path) -> None:
+    edit = ("\tjournal->j_task = current;\n", "\tjournal->j_task = current; cond_resched();\n")
+    found, names = changed(config, target_612, tmp_path, "fs/jbd2/journal.c", edit)
+    assert names == {"kjournald2"}
+    assert set(rows(found.refusals, "never-leaves")) == names
+
+
 def test_a_function_that_a_thread_calls_leaves(config: Config, target_56: Target, tmp_path: Path) -> None:
     """balance_pgdat() loops and asks kthread_should_stop() in its loop, but comes back to kswapd()."""
     edit = ("\n\tcount_vm_event(PAGEOUTRUN);\n", "\n\tcond_resched();\n\tcount_vm_event(PAGEOUTRUN);\n")

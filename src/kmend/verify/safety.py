@@ -394,20 +394,22 @@ class _Unit:
         if orders[0] == orders[1]:
             return
         locked = [_locked(graph, special, key) for graph, special, key in sides]
-        words = [
+        calls = [
             f"{name}() is called at {_places(counts[1][name])} (was {counts[0][name]})"
             for name in sorted(wanted - _FREE)
             if counts[0][name] != counts[1][name]
         ]
-        words += [f"{_step(pair)} may come now" for pair in sorted(orders[1] - orders[0])]
-        words += [f"{_step(pair)} can no longer come" for pair in sorted(orders[0] - orders[1])]
+        words = [
+            *([_some(calls)] if calls else []),
+            *_steps("possible now", orders[1] - orders[0]),
+            *_steps("no longer possible", orders[0] - orders[1]),
+        ]
         if locked[0] != locked[1]:
-            words.append(f"it has {locked[1]} atomic instructions (had {locked[0]})")
-        more = len(words) - _SHOWN * 2
+            words.append(f"it has {locked[1]} instructions with a LOCK prefix (had {locked[0]})")
         yield Refusal(
             "lock-change",
             self.diff.old.parts[row.original].name,
-            "; ".join(words[: _SHOWN * 2]) + (f"; and {more} more" if more > 0 else ""),
+            "; ".join(words),
             "while the transition runs, some tasks take and give up in the old way and some in the new one: "
             "make sure that the two agree",
         )
@@ -488,13 +490,14 @@ def _order(flow: Flow, wanted: frozenset[str]) -> frozenset[tuple[str, str]]:
     return (flow.order(held) | beside) - {(START, RETURN)}
 
 
-def _step(pair: tuple[str, str]) -> str:
-    before, after = pair
-    if before == START:
-        return f"{after}() as the first"
-    if after == RETURN:
-        return f"a return right after {before}()"
-    return f"{after}() right after {before}()"
+def _steps(title: str, pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
+    """Steps in words: ``possible now: return after mutex_lock()``; nothing when there are none."""
+    words = []
+    for before, after in sorted(pairs):
+        first = "the return" if after == RETURN else f"{after}()"
+        words.append(f"{first} as the first" if before == START else f"{first} right after {before}()")
+    if words:
+        yield f"{title}: {_some(words)}"
 
 
 def _places(count: int) -> str:
