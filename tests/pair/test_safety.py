@@ -465,6 +465,19 @@ def test_a_variable_of_another_size_is_another_rule_than_other_contents(tmp_path
     assert found("const int table[] = { 1, 2 };", "int table[] = { 1, 2 };") == ["reshaped-data"]
 
 
+def test_with_changed_data_allowed_the_kernel_keeps_its_own_contents(tmp_path: Path) -> None:
+    """The module must link to the kernel's variable, and bring no copy along."""
+
+    def text(last: int, add: int) -> str:
+        return f"const int table[] = {{ 1, {last} }};\nint f(int n) {{ return table[n] + outside({add}); }}"
+
+    selection = select(compare(built(tmp_path, "old", text(2, 3)), built(tmp_path, "new", text(9, 4))))
+    assert [row.rule for row in selection.refusals] == ["changed-data"]
+    assert split(selection.refusals, ["changed-data"]).refusals == ()
+    assert selection.included == ("f",)
+    assert selection.outer == ("table",)
+
+
 # -- who reaches a function of a module -----------------------------------------------------------------
 
 

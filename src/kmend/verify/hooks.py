@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import re
 
-#: Name -> who attaches there. Sources: the tools' own programs (bcc tools/, bpftrace tools/, Cilium's
-#: Tetragon examples, Falco's modern BPF probe, systemd's src/bpf, the kernel's tools/).
+#: Name -> who attaches there, after what these tools' own programs name: bcc (tools/ and libbpf-tools/),
+#: Tetragon, libbpf-bootstrap. A list of what is common; it need not be complete to be of use.
 HOOKED: dict[str, str] = {
     "tcp_v4_connect": "bcc tcpconnect, tcptracer",
     "tcp_v6_connect": "bcc tcpconnect, tcptracer",
-    "tcp_connect": "bcc tcpconnlat, Tetragon",
+    "tcp_connect": "Tetragon",
     "tcp_sendmsg": "bcc tcptop, Tetragon",
     "tcp_cleanup_rbuf": "bcc tcptop",
     "tcp_set_state": "bcc tcplife, tcpstates of older versions",
@@ -38,20 +38,15 @@ HOOKED: dict[str, str] = {
     "inet_listen": "bcc solisten",
     "inet_bind": "bcc bindsnoop",
     "inet6_bind": "bcc bindsnoop",
-    "udp_sendmsg": "network monitors",
-    "udp_recvmsg": "network monitors",
-    "ip_local_out": "network monitors",
-    "kfree_skb_reason": "dropwatch-like tools",
     "vfs_read": "bcc vfsstat, filetop",
-    "vfs_write": "bcc vfsstat, filetop, Falco-like monitors",
+    "vfs_write": "bcc vfsstat, filetop",
     "vfs_open": "bcc vfsstat, filelife",
     "vfs_create": "bcc vfsstat, filelife",
     "vfs_unlink": "bcc filelife",
     "vfs_fsync": "bcc vfsstat",
     "vfs_fsync_range": "bcc vfsstat",
-    "vfs_rename": "file monitors",
-    "do_unlinkat": "libbpf examples, file monitors",
-    "do_sys_openat2": "bcc opensnoop",
+    "do_unlinkat": "libbpf's examples, file monitors",
+    "do_sys_openat2": "file-open monitors",
     "lookup_fast": "bcc dcstat, dcsnoop",
     "d_lookup": "bcc dcstat, dcsnoop",
     "fd_install": "Tetragon",
@@ -67,18 +62,14 @@ HOOKED: dict[str, str] = {
     "mutex_lock": "bcc klockstat",
     "mutex_unlock": "bcc klockstat",
     "cap_capable": "bcc capable",
-    "do_exit": "bcc exitsnoop-like tools",
-    "wake_up_new_task": "bcc threadsnoop-like tools, Tetragon",
-    "bprm_execve": "process monitors",
+    "acct_process": "Tetragon",
+    "disassociate_ctty": "Tetragon",
+    "folio_mark_accessed": "bcc cachestat",
+    "ext4_sync_file": "bcc ext4slower, ext4dist",
+    "wake_up_new_task": "Tetragon",
     "commit_creds": "Tetragon, privilege monitors",
-    "do_init_module": "module monitors",
-    "mount_bdev": "mount monitors",
-    "path_mount": "mount monitors",
     "blk_mq_start_request": "bcc biosnoop, biolatency",
     "swap_readpage": "bcc swapin",
-    "shrink_node": "bcc drsnoop",
-    "nf_nat_ipv4_manip_pkt": "network monitors",
-    "cgroup_attach_task": "container monitors",
 }
 _FAMILIES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"security_\w+"), "security monitors (Tetragon, Falco, BPF LSM loaders)"),
