@@ -10,8 +10,16 @@ from kmend.core.target import Release, Target
 from kmend.kernel.store import fetch
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that boot a guest first: begun last, they would run alone at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the tests that boot a guest first: begun last, they would run alone at the end.
+
+    Slow ones are skipped unless the markers asked for name them.
+    """
+    if "slow" not in config.getoption("markexpr"):
+        skip = pytest.mark.skip(reason="slow: run with -m slow")
+        for item in items:
+            if item.get_closest_marker("slow") is not None:
+                item.add_marker(skip)
     items.sort(key=lambda item: item.get_closest_marker("lab") is None)
 
 

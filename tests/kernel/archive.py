@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,6 +66,40 @@ def make_deb(
     return Deb(name, version, architecture, control, deb.read_bytes())
 
 
+@dataclass
+class Source:
+    """A source package: its packaging alone, which is what kmend asks for."""
+
+    name: str
+    version: str
+    packaging: bytes
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}_{self.version}.debian.tar.xz"
+
+    @property
+    def dsc(self) -> bytes:
+        """Unsigned: nobody has the keys of those who upload."""
+        digest = hashlib.sha256(self.packaging).hexdigest()
+        return (
+            f"Format: 3.0 (quilt)\nSource: {self.name}\nVersion: {self.version}\n"
+            f"Checksums-Sha256:\n {digest} {len(self.packaging)} {self.file_name}\n"
+        ).encode()
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {f"{self.name}_{self.version}.dsc": self.dsc, self.file_name: self.packaging}
+
+    def stanza(self) -> str:
+        rows = [(hashlib.sha256(data).hexdigest(), len(data), name) for name, data in self.files.items()]
+        return (
+            f"Package: {self.name}\nBinary: linux-source-6.1\nVersion: {self.version}\nArchitecture: any\n"
+            f"Format: 3.0 (quilt)\nDirectory: pool/main/l/linux\n"
+            "Checksums-Sha256:\n" + "".join(f" {digest} {size} {name}\n" for digest, size, name in rows)
+        )
+
+
 class Signer:
     """A key made for the test, and its public half as a keyring."""
 
@@ -100,14 +134,24 @@ class Archive:
     asked: list[str] = field(default_factory=list)
     url: str = ""
 
-    def publish(self, signer: Signer, archive: str, moment: str, suite: str, debs: list[Deb]) -> None:
+    def publish(
+        self,
+        signer: Signer,
+        archive: str,
+        moment: str,
+        suite: str,
+        debs: list[Deb],
+        sources: Sequence[Source] = (),
+    ) -> None:
         """Put a signed suite below ``/archive/ARCHIVE/MOMENT/``, and its packages into the interface."""
         root = f"/archive/{archive}/{moment}"
         packages = "\n".join(deb.stanza() for deb in debs).encode()
-        packed = gzip.compress(packages)
+        indexes = {"main/binary-amd64/Packages": packages}
+        if sources:
+            indexes["main/source/Sources"] = "\n".join(source.stanza() for source in sources).encode()
+        indexes |= {f"{name}.gz": gzip.compress(data) for name, data in indexes.items()}
         rows = "".join(
-            f" {hashlib.sha256(data).hexdigest()} {len(data)} main/binary-amd64/{name}\n"
-            for name, data in (("Packages", packages), ("Packages.gz", packed))
+            f" {hashlib.sha256(data).hexdigest()} {len(data)} {name}\n" for name, data in indexes.items()
         )
         release = (
             f"Origin: Test\nSuite: {suite}\nCodename: {suite}\nComponents: main\nArchitectures: amd64 all\n"
@@ -115,8 +159,11 @@ class Archive:
             f"Acquire-By-Hash: no\nSHA256:\n{rows}"
         )
         self.files[f"{root}/dists/{suite}/InRelease"] = signer.sign(release.encode())
-        self.files[f"{root}/dists/{suite}/main/binary-amd64/Packages"] = packages
-        self.files[f"{root}/dists/{suite}/main/binary-amd64/Packages.gz"] = packed
+        for name, data in indexes.items():
+            self.files[f"{root}/dists/{suite}/{name}"] = data
+        for source in sources:
+            for name, data in source.files.items():
+                self.files[f"{root}/pool/main/l/linux/{name}"] = data
         for deb in debs:
             self.files[f"{root}/{deb.pool}"] = deb.data
             self.describe(deb, archive, moment)
