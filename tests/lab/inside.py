@@ -16,7 +16,7 @@ from kmend.lab.guest import Guest
 PLACE = "/opt/kmend"
 #: The host's own interpreter: that of the checkout need not lie below /usr.
 _COMMAND = f"""#!/bin/sh
-PYTHONPATH={PLACE} PYTHONDONTWRITEBYTECODE=1 exec /usr/bin/python3 -m kmend "$@"
+PYTHONPATH={PLACE} exec /usr/bin/python3 -m kmend "$@"
 """
 
 
@@ -26,7 +26,7 @@ def settle(guest: Guest) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for path in sorted(root.rglob("*")):
-            if path.suffix in (".py", ".pyc", ".txt", ".h", ".c"):
+            if path.suffix in (".py", ".txt", ".h", ".c"):
                 archive.add(path, f"kmend/{path.relative_to(root)}", recursive=False)
     guest.run(f"mkdir -p {PLACE} && tar -C {PLACE} -xf -", stdin=out.getvalue(), check=True)
     guest.put("/usr/local/bin/kmend", _COMMAND.encode(), 0o755)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kmend.core.errors import Refusal
 from kmend.core.kmsg import KernelMessage
 from kmend.core.taint import TaintFlag
 from kmend.core.target import VMLINUX
@@ -219,3 +220,101 @@ class LogEntry:
     text: str
     message: KernelMessage | None = None
     record: Mapping[str, object] | None = None
+
+
+# -- acting ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at before acting.
+
+    ``passed`` is None when it could not be looked at; ``text`` says what was found, or why not.
+    ``refusal`` is set when it stands in the way.
+    """
+
+    name: str
+    passed: bool | None
+    text: str
+    refusal: Refusal | None = None
+
+
+class End(Enum):
+    """How following a transition ended.
+
+    ``COMPLETE``: it reached what was asked for. ``REVERSED``: somebody turned it round meanwhile.
+    ``GONE``: the patch went away meanwhile. ``STALLED``: the limit was reached with tasks left.
+    """
+
+    COMPLETE = "complete"
+    REVERSED = "reversed"
+    GONE = "gone"
+    STALLED = "stalled"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something that was done about a transition; ``seconds`` since following began."""
+
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How many tasks were left at a moment."""
+
+    seconds: float
+    left: int
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A transition as it was followed. ``woken`` are the threads that were interrupted.
+
+    ``last`` is the last look with tasks left: at a stall, what holds it up.
+    """
+
+    end: End
+    seconds: float
+    samples: tuple[Sample, ...] = ()
+    steps: tuple[Step, ...] = ()
+    woken: tuple[int, ...] = ()
+    last: Transition | None = None
+
+
+class Result(Enum):
+    """How an action ended. ``PENDING``: the transition goes on and was not waited for."""
+
+    DONE = "done"
+    PENDING = "pending"
+    REVERSED = "reversed"
+    STALLED = "stalled"
+    FAILED = "failed"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ActionReport:
+    """Everything that an acting verb has to tell. ``why`` is one sentence.
+
+    ``followed`` has each transition that was followed (the patch's, then that of taking it back after a
+    stall). ``replaced`` are the patches that a cumulative one replaced, ``removed`` the modules that were
+    unloaded. ``messages`` is what the kernel said meanwhile about livepatching.
+    """
+
+    verb: str
+    patch: str
+    result: Result
+    why: str
+    next_step: str = ""
+    checks: tuple[Check, ...] = ()
+    steps: tuple[str, ...] = ()
+    followed: tuple[Followed, ...] = ()
+    replaced: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    warnings: tuple[Refusal, ...] = ()
+    messages: tuple[KernelMessage, ...] = ()
+    seconds: float = 0.0

@@ -9,7 +9,7 @@ returns to user space, a kernel thread only when it sleeps outside of the functi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -96,31 +96,28 @@ class Explainer:
             for frame in reversed(stack):
                 if frame.module == self.patch.name:
                     return frame, Watched(frame.function, self.patch.name, self.patch.name)
+        if task.kthread or task.state != "S":  # looking addresses up takes a while, and helps only these
+            return None
+        aliases = self._aliases_of_watched()
         for frame in reversed(stack):
             for row in self.watched:
-                if frame.object == row.code and frame.function in self._names_of(row.name, stack):
+                if frame.object == row.code and frame.function in aliases.get(row.name, ()):
                     return frame, row
         return None
 
-    def _names_of(self, name: str, stack: Iterable[Frame]) -> frozenset[str]:
-        """All names of the address: ``__x64_sys_getppid`` shows up in stacks as ``__do_sys_getppid``."""
+    def _aliases_of_watched(self) -> dict[str, frozenset[str]]:
+        """Other names of the same addresses: ``__x64_sys_getppid`` is ``__do_sys_getppid`` in stacks."""
         if self._aliases is None:
             self._aliases = {}
-        asked = {name, *(frame.function for frame in stack)}
-        if not asked <= self._aliases.keys():
-            asked |= {row.name for row in self.watched}
             try:
-                rows = symbols.named(self.place, asked)
+                table = symbols.SymbolTable(self.place)
             except Unable:
-                rows = {}
-            at: dict[tuple[int, str], set[str]] = {}
-            for found in rows.values():
-                for row in found:
-                    at.setdefault((row.address, row.object), set()).add(row.name)
-            for word in asked:
-                same = [at[row.address, row.object] for row in rows.get(word, ())]
-                self._aliases[word] = frozenset({word}.union(*same))
-        return self._aliases[name]
+                return self._aliases
+            for name in {row.name for row in self.watched}:
+                self._aliases[name] = frozenset(
+                    other.name for row in table.named(name) for other in table.at(row.address)
+                )
+        return self._aliases
 
 
 def watched(patch: LivePatch, patches: Sequence[LivePatch]) -> tuple[Watched, ...]:

@@ -48,9 +48,12 @@ def read_patches(place: Place, known: Mapping[str, bool] | None = None) -> tuple
     return _with_shadows(ordered)
 
 
-def read_patch(place: Place, name: str) -> LivePatch | None:
-    """One patch by its name, without its place on the stack; None: there is none of that name."""
-    return _patch(place, name, None)
+def read_patch(place: Place, name: str, *, objects: bool = True) -> LivePatch | None:
+    """One patch by its name, without its place on the stack; None: there is none of that name.
+
+    Without ``objects`` only its phase is read: two or three small files.
+    """
+    return _patch(place, name, None, objects=objects)
 
 
 def read_left(place: Place, patches: Iterable[LivePatch] = ()) -> tuple[LivePatch, ...]:
@@ -81,12 +84,12 @@ def _stack_order(place: Place, name: str) -> int | None:
     return int(shown) if shown is not None and shown.isdigit() else None
 
 
-def _patch(place: Place, name: str, known: bool | None) -> LivePatch | None:
+def _patch(place: Place, name: str, known: bool | None, *, objects: bool = True) -> LivePatch | None:
     folder = place.livepatch / name
     enabled, moving = flag(folder / "enabled"), flag(folder / "transition")
     if enabled is None:  # it went, or it is no patch
         return None
-    module = read_module(place, name)
+    module = read_module(place, name) if objects or not (moving or enabled) else None
     if moving:
         # klp_reverse_transition() flips `enabled`: it is what the transition leads to
         phase = Phase.PATCHING if enabled else Phase.UNPATCHING
@@ -97,12 +100,14 @@ def _patch(place: Place, name: str, known: bool | None) -> LivePatch | None:
     else:
         phase = Phase.DISABLED
     shown = flag(folder / "replace")  # since 6.11
-    objects = tuple(
+    if not objects:
+        return LivePatch(name, phase, known, 0, False, (), module)
+    rows = tuple(
         LiveObject(row, flag(folder / row / "patched"), _functions(folder / row))
         for row in entries(folder)
         if is_folder(folder / row) and not (folder / row).is_symlink()
     )
-    return LivePatch(name, phase, known if shown is None else shown, 0, False, objects, module)
+    return LivePatch(name, phase, known if shown is None else shown, 0, False, rows, module)
 
 
 def _functions(folder: Path) -> tuple[LiveFunction, ...]:

@@ -6,12 +6,12 @@ CAP_SYSLOG (``kptr_restrict``) all addresses are 0; then nothing can be told fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kmend.core.errors import Unable
 from kmend.core.target import VMLINUX
-from kmend.runtime.place import Place, not_permitted
+from kmend.runtime.place import Place, data, not_permitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,31 +24,58 @@ class RunningSymbol:
     object: str
 
 
+class SymbolTable:
+    """The table as it was at one moment. It is searched as text: few of its 160,000 lines are asked for."""
+
+    def __init__(self, place: Place) -> None:
+        """
+        Raises:
+            Unable: the file cannot be read, or shows no addresses to this user (rule ``not-permitted``).
+        """
+        path = place.proc / "kallsyms"
+        contents = data(path)
+        if not contents:
+            raise Unable(f"{path} is not there", why="the kernel shows no symbols", rule="unreadable")
+        self._text = b"\n" + contents.rstrip(b"\n") + b"\n"
+        last = self._text[self._text.rfind(b"\n", 0, -1) :]
+        first = self._text[1 : self._text.find(b" ")]
+        if not first.strip(b"0") and not last.split()[0].strip(b"0"):
+            raise not_permitted(path)
+
+    def named(self, name: str) -> tuple[RunningSymbol, ...]:
+        """The symbols of that name in the kernel's order: ``sympos`` 1 is an object's first."""
+        rows = []
+        for end in (b"\n", b"\t"):
+            rows += list(self._lines(b" " + name.encode() + end))
+        found = [row for _, row in sorted(rows, key=lambda pair: pair[0]) if row.name == name]
+        return tuple(found)
+
+    def at(self, address: int) -> tuple[RunningSymbol, ...]:
+        """The symbols that begin at the address."""
+        return tuple(row for _, row in self._lines(b"\n%016x " % address))
+
+    def _lines(self, needle: bytes) -> Iterator[tuple[int, RunningSymbol]]:
+        at = self._text.find(needle)
+        while at >= 0:
+            start = at + 1 if needle.startswith(b"\n") else self._text.rfind(b"\n", 0, at) + 1
+            line = self._text[start : self._text.find(b"\n", start)]
+            words = line.split(None, 3)
+            if len(words) >= 3:
+                owner = words[3].strip(b"[]").decode(errors="replace") if len(words) > 3 else VMLINUX
+                yield (
+                    start,
+                    RunningSymbol(
+                        int(words[0], 16), words[1].decode(), words[2].decode(errors="replace"), owner
+                    ),
+                )
+            at = self._text.find(needle, at + 1)
+
+
 def named(place: Place, names: Iterable[str]) -> dict[str, tuple[RunningSymbol, ...]]:
-    """The symbols of these names, in the kernel's order (``sympos`` 1 is an object's first); one pass.
+    """The symbols of these names; those that there are none of are left out.
 
     Raises:
-        Unable: the file cannot be read, or shows no addresses to this user (rule ``not-permitted``).
+        Unable: as :class:`SymbolTable`.
     """
-    wanted = {name.encode() for name in names}
-    found: dict[str, list[RunningSymbol]] = {}
-    path = place.proc / "kallsyms"
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                # the common case first: 160,000 lines are looked at for a few names
-                words = line.split(None, 3)
-                if len(words) < 3 or words[2] not in wanted:
-                    continue
-                name = words[2].decode(errors="replace")
-                owner = words[3].strip(b"[] \n").decode(errors="replace") if len(words) > 3 else VMLINUX
-                found.setdefault(name, []).append(
-                    RunningSymbol(int(words[0], 16), words[1].decode(), name, owner)
-                )
-    except PermissionError as error:
-        raise not_permitted(path) from error
-    except (OSError, ValueError) as error:
-        raise Unable(f"{path} cannot be read", why=str(error), rule="unreadable") from error
-    if found and all(row.address == 0 for rows in found.values() for row in rows):
-        raise not_permitted(path)
-    return {name: tuple(rows) for name, rows in found.items()}
+    table = SymbolTable(place)
+    return {name: rows for name in names if (rows := table.named(name))}

@@ -1,0 +1,768 @@
+"""Acting on the running kernel: load, take back, turn round, force; each to its end, or back.
+
+    file -> checks -> lock, journal -> finit_module -> transition followed -> what is left behind removed
+
+Joins the live machine (:mod:`kmend.runtime`) with what the pure stages know of a module's file. One action at
+a time holds the lock; each is in the journal before it begins, so that whoever comes after a killed kmend
+knows what was under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmend.core import kmsg
+from kmend.core.config import Config
+from kmend.core.errors import KmendError, Refusal, Unable, UsageError
+from kmend.core.kmsg import KernelMessage
+from kmend.core.live import (
+    ActionReport,
+    Check,
+    End,
+    Followed,
+    LivePatch,
+    Phase,
+    Result,
+    Transition,
+)
+from kmend.core.progress import Progress
+from kmend.core.target import Release
+from kmend.runtime import act, blockers, journal, klog, preflight
+from kmend.runtime.follow import Follower, Patience
+from kmend.runtime.journal import Action, Journal
+from kmend.runtime.observe import Seen, observe
+from kmend.runtime.patches import IDENTITY, identity
+from kmend.runtime.place import Place
+from kmend.runtime.preflight import ModuleFile, Wanted
+from kmend.runtime.wake import interrupt
+
+if TYPE_CHECKING:
+    from kmend.elf.model import ElfFile
+    from kmend.module.describe import Description
+    from kmend.view import TargetView
+
+#: Taking back after a stall gets at least so many seconds: it is the way out.
+WAY_BACK = 60.0
+#: After `force` the kernel ends the transition at its next retry, within about a second.
+FORCED_LIMIT = 10.0
+
+
+class OnStall(Enum):
+    """What to do when a transition has not ended within the limit."""
+
+    REVERSE = "reverse"
+    WAIT = "wait"
+    ASK = "ask"
+
+
+class Choice(Enum):
+    """What somebody who is asked at a stall may answer."""
+
+    REVERSE = "reverse"
+    WAIT = "wait"
+    LEAVE = "leave"
+
+
+Ask = Callable[[Transition | None], Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """How a transition is followed. ``wait=False``: not at all."""
+
+    wait: bool = True
+    patience: Patience = field(default_factory=Patience)
+    on_stall: OnStall = OnStall.REVERSE
+
+
+@dataclass(slots=True)
+class _Run:
+    """One action under way: what it has found and done so far."""
+
+    verb: str
+    patch: str
+    action: Action
+    log: klog.KernelLog | None
+    began: float
+    steps: list[str] = field(default_factory=list)
+    followed: list[Followed] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    checks: tuple[Check, ...] = ()
+    replaced: tuple[str, ...] = ()
+    heard: list[KernelMessage] = field(default_factory=list)
+
+    def step(self, text: str, **detail: object) -> None:
+        self.steps.append(text)
+        self.action.step(text, **detail)
+
+    def messages(self) -> tuple[KernelMessage, ...]:
+        """Everything that the kernel has said since the action began."""
+        if self.log is not None:
+            self.heard += [row.message for row in self.log.read()]
+        return tuple(self.heard)
+
+
+class Manager:
+    """Acts on one machine. ``ask`` is asked at a stall when the policy is to ask."""
+
+    def __init__(
+        self, config: Config, progress: Progress, *, place: Place | None = None, ask: Ask | None = None
+    ) -> None:
+        self.config, self.progress, self.ask = config, progress, ask
+        self.place = place or Place()
+
+    # -- load ---------------------------------------------------------------------------------------
+
+    def load(self, path: str, following: Following, parameters: str = "") -> ActionReport:
+        """Load one module, and bring its transition to its end.
+
+        Raises:
+            UsageError, Failed: the file cannot be read or is no livepatch module.
+            Unable: this machine or user cannot do it. Refused: another kmend is at it.
+        """
+        act.require_power(self.place, "load")
+        with journal.acting(self.place, f"load {path}"):
+            fd = act.open_module(path)
+            try:
+                return self._load(path, fd, following, parameters)
+            finally:
+                os.close(fd)
+
+    def _load(self, path: str, fd: int, following: Following, parameters: str) -> ActionReport:
+        data = _contents(fd)
+        seen = self._observe()
+        self.progress.step(f"checking {path}")
+        view, problem = self._view(seen)
+        module = read_module_file(data, path, view)
+        leftover = next((row for row in seen.left if row.name == module.name), None)
+        interrupted = [row for row in seen.unfinished if row.patch == module.name]
+        there = next((row for row in seen.patches if row.name == module.name), None)
+        if there is not None and _same(there, module, interrupted):
+            finished = self._continue(there, module, interrupted, following, seen)
+            if finished is not None:
+                return finished
+        without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
+        checks = [*preflight.look(self.place, module, without), *self._rules(view, problem, data, path)]
+        if leftover is not None:
+            checks.append(_leftover_check(leftover))
+        refusals = tuple(row.refusal for row in checks if row.refusal is not None)
+        if refusals:
+            return ActionReport(
+                "load",
+                module.name,
+                Result.REFUSED,
+                f"{module.name} was not loaded",
+                checks=tuple(checks),
+                refused=refusals,
+            )
+        detail: dict[str, object] = {
+            "file": str(Path(path).absolute()),
+            "sha256": module.sha256,
+            "replace": module.replace,
+            "functions": None
+            if module.wanted is None
+            else [f"{row.object}:{row.name},{row.sympos}" for row in module.wanted],
+            "not_checked": [row.name for row in checks if row.passed is None],
+        }
+
+        def work(run: _Run) -> ActionReport:
+            run.checks = tuple(checks)
+            if leftover is not None:
+                act.remove(self.place, module.name)
+                run.step(f"removed what a former {module.name} had left behind")
+            self.progress.step(f"loading {module.name}")
+            before = {row.name for row in seen.patches}
+            act.insert(module.name, fd, parameters, run.messages)
+            run.step("the kernel took the module")
+            return self._patched(run, following, before)
+
+        return self._perform("load", module.name, f"from {path}", detail, seen, work)
+
+    def _continue(
+        self,
+        there: LivePatch,
+        module: ModuleFile,
+        interrupted: Sequence[journal.Record],
+        following: Following,
+        seen: Seen,
+    ) -> ActionReport | None:
+        """Finish what another run began with this very module; None: there is nothing to finish."""
+        if there.phase is not Phase.PATCHING and not (there.phase is Phase.ENABLED and interrupted):
+            return None
+        detail: dict[str, object] = {"file": module.path, "sha256": module.sha256, "replace": module.replace}
+
+        def work(run: _Run) -> ActionReport:
+            run.step("it is loaded already; its transition is followed from here")
+            return self._patched(run, following, set())
+
+        text = "goes on with a load that was begun"
+        return self._perform("load", module.name, text, detail, seen, work)
+
+    def _patched(self, run: _Run, following: Following, before: set[str]) -> ActionReport:
+        """Follow the patching, deal with a stall, remove what was replaced."""
+        if not following.wait:
+            return self._report(run, Result.PENDING, f"{run.patch} is loaded; its transition goes on")
+        report = self._follow(run, Phase.PATCHING, following)
+        if report is not None:
+            return report
+        seen = self._observe()
+        run.replaced = tuple(sorted(before - {row.name for row in seen.patches} - {run.patch}))
+        for row in seen.left:
+            # also those that a killed run had replaced; a module with references is not ours to wait for
+            if row.phase is Phase.LEFT and (row.name in run.replaced or _unused(row)) and not row.forced:
+                self._remove_quietly(run, row.name)
+        took = run.followed[-1].seconds if run.followed else 0.0
+        return self._report(run, Result.DONE, f"{run.patch} is in force; the transition took {took:.1f} s")
+
+    def _remove_quietly(self, run: _Run, name: str) -> None:
+        try:
+            act.remove(self.place, name, limit=3.0)
+        except KmendError as error:
+            run.step(f"the module of {name} stays: {error.why}")
+            return
+        run.removed.append(name)
+        run.step(f"unloaded {name}, which was left behind")
+
+    # -- taking back --------------------------------------------------------------------------------
+
+    def disable(self, name: str, following: Following) -> ActionReport:
+        """Take a patch back; its module stays loaded."""
+        return self._take_back("disable", name, following)
+
+    def unload(self, name: str, following: Following) -> ActionReport:
+        """Take a patch back if it is in force, and unload its module."""
+        return self._take_back("unload", name, following)
+
+    def loaded(self) -> tuple[str, ...]:
+        """All patches and what is left of former ones, the top of the stack first."""
+        seen = self._observe()
+        return tuple(row.name for row in (*reversed(seen.patches), *seen.left))
+
+    def _take_back(self, verb: str, name: str, following: Following) -> ActionReport:
+        """
+        Raises:
+            UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
+        """
+        act.require_power(self.place, verb)
+        with journal.acting(self.place, f"{verb} {name}"):
+            seen = self._observe()
+            patch = _known(seen, name)
+            moving = next((row for row in seen.patches if row.phase.moving and row.name != name), None)
+            if patch.phase is Phase.COMING:
+                return _refused(verb, name, _coming(name))
+            if moving is not None and patch.phase is Phase.ENABLED:
+                return _refused(verb, name, _other_transition(moving, seen))
+
+            def work(run: _Run) -> ActionReport:
+                if patch.phase in (Phase.ENABLED, Phase.PATCHING):
+                    turned = patch.phase is Phase.PATCHING
+                    act.set_enabled(self.place, name, False, run.messages)
+                    run.step("turned its transition round" if turned else "disabled it")
+                if patch.phase.moving or patch.phase is Phase.ENABLED:
+                    if not following.wait:
+                        return self._report(run, Result.PENDING, f"{name} is being taken back")
+                    report = self._follow(run, Phase.UNPATCHING, following)
+                    if report is not None:
+                        return report
+                if verb == "unload":
+                    act.remove(self.place, name)
+                    run.removed.append(name)
+                    run.step("unloaded its module")
+                    return self._report(run, Result.DONE, f"{name} is taken back and unloaded")
+                return self._report(
+                    run,
+                    Result.DONE,
+                    f"{name} is taken back; its module is still loaded",
+                    f"kmend unload {name} removes it",
+                )
+
+            return self._perform(verb, name, f"it is {patch.phase.value}", {}, seen, work)
+
+    def enable(self, name: str, following: Following) -> ActionReport:
+        """Turn a patch that is being taken back round; enable a disabled one on kernels before 5.1.
+
+        Raises:
+            UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
+        """
+        act.require_power(self.place, "enable")
+        with journal.acting(self.place, f"enable {name}"):
+            seen = self._observe()
+            patch = _known(seen, name)
+            match patch.phase:
+                case Phase.COMING:
+                    return _refused("enable", name, _coming(name))
+                case Phase.LEFT:
+                    return _refused("enable", name, self._not_enabled_again(name, seen))
+                case Phase.ENABLED:
+                    return ActionReport("enable", name, Result.DONE, f"{name} is enabled already")
+                case Phase.PATCHING | Phase.UNPATCHING | Phase.DISABLED:
+                    pass
+
+            def work(run: _Run) -> ActionReport:
+                if patch.phase is not Phase.PATCHING:
+                    if not act.set_enabled(self.place, name, True, run.messages):
+                        return self._report(run, Result.FAILED, f"{name} was gone before it could be turned")
+                    run.step("turned its transition round" if patch.phase.moving else "enabled it")
+                return self._patched(run, following, set())
+
+            return self._perform("enable", name, f"it is {patch.phase.value}", {}, seen, work)
+
+    def _not_enabled_again(self, name: str, seen: Seen) -> Refusal:
+        loads = journal.loads(self._journal(seen.kernel.boot_id).records(), seen.kernel.boot_id)
+        file = loads[name].detail.get("file") if name in loads else None
+        return Refusal(
+            "not-enabled-again",
+            f"{name} was disabled, and the kernel does not enable a patch a second time",
+            "only its module is left (since Linux 5.1 the patch itself goes with the end of unpatching)",
+            f"kmend load {file or 'FILE'}: what is left is removed first",
+        )
+
+    # -- force, signal ------------------------------------------------------------------------------
+
+    def force(self, name: str, *, confirmed: bool) -> ActionReport:
+        """End a transition whatever tasks are doing. Without ``confirmed`` it only says what would break.
+
+        Raises:
+            UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
+        """
+        act.require_power(self.place, "force")
+        with journal.acting(self.place, f"force {name}"):
+            seen = self._observe()
+            patch = _known(seen, name)
+            if not patch.phase.moving:
+                return _refused("force", name, _no_transition(patch))
+            if not confirmed:
+                return replace(
+                    _refused("force", name, _not_confirmed(name, seen.transition)),
+                    followed=(Followed(End.STALLED, 0.0, last=seen.transition),),
+                )
+            left = seen.transition.left if seen.transition else 0
+
+            def work(run: _Run) -> ActionReport:
+                act.force(self.place, name, run.messages)
+                run.step(f"forced {left} tasks", forced=patch.phase.value)
+                found = self._follower(run, patch.phase, Patience(limit=FORCED_LIMIT, wake=False)).run()
+                run.followed.append(replace(found, last=seen.transition))
+                if found.end is not End.COMPLETE:
+                    return self._report(run, Result.STALLED, f"{name} was forced, but has not ended yet")
+                return self._report(run, Result.DONE, f"{name} was forced: {_forced_words(patch)}")
+
+            return self._perform("force", name, f"{left} tasks are left", {}, seen, work)
+
+    def signal(self, name: str | None, *, io_uring: bool = False) -> ActionReport:
+        """Interrupt, once, the tasks that hold the running transition up.
+
+        Raises:
+            UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
+        """
+        act.require_power(self.place, "signal")
+        with journal.acting(self.place, f"signal {name or ''}"):
+            seen = self._observe(limit=sys.maxsize)
+            moving = next((row for row in seen.patches if row.phase.moving), None)
+            if name is not None:
+                patch = _known(seen, name)
+                if not patch.phase.moving:
+                    return _refused("signal", name, _no_transition(patch))
+            if moving is None:
+                none = Refusal("no-transition", "no transition is under way", "nothing waits", "kmend status")
+                return _refused("signal", name or "", none)
+
+            def work(run: _Run) -> ActionReport:
+                rows = seen.transition.blockers if seen.transition else ()
+                chosen = [
+                    row.task.tid
+                    for row in rows
+                    if row.wakeable or (io_uring and row.cause.value == "io-uring")
+                ]
+                woken = interrupt(chosen)
+                run.step(f"interrupted {len(woken.interrupted)} of {len(rows)} tasks")
+                time.sleep(0.05)
+                left = blockers.look(self.place, moving, seen.patches)
+                run.followed.append(Followed(End.STALLED, 0.0, woken=tuple(woken.interrupted), last=left))
+                return self._report(
+                    run,
+                    Result.DONE,
+                    f"{len(woken.interrupted)} tasks were interrupted; {left.left} are left",
+                )
+
+            return self._perform("signal", moving.name, "interrupts tasks", {}, seen, work)
+
+    # -- following ----------------------------------------------------------------------------------
+
+    def _follower(self, run: _Run, goal: Phase, patience: Patience) -> Follower:
+        return Follower(self.place, run.patch, goal, patience, self.progress)
+
+    def _follow(self, run: _Run, goal: Phase, following: Following) -> ActionReport | None:
+        """Follow the transition; None: it has reached its goal. Otherwise the report of how it ended."""
+        patience = following.patience
+        while True:
+            found = self._follower(run, goal, patience).run()
+            run.followed.append(found)
+            for step in found.steps:
+                run.step(f"after {step.seconds:.1f} s: {step.text}")
+            match found.end:
+                case End.COMPLETE:
+                    run.step(f"{goal.value} is complete after {found.seconds:.1f} s")
+                    return None
+                case End.REVERSED:
+                    return self._report(
+                        run, Result.FAILED, f"somebody turned the transition of {run.patch} round"
+                    )
+                case End.GONE:
+                    return self._report(run, Result.FAILED, f"{run.patch} was taken away meanwhile")
+                case End.STALLED:
+                    choice = self._choice(following.on_stall, found.last)
+            run.step(f"stalled after {found.seconds:.0f} s with {_left(found)}; now: {choice.value}")
+            match choice:
+                case Choice.WAIT:
+                    patience = replace(patience, limit=math.inf if self.ask is None else patience.limit)
+                case Choice.LEAVE:
+                    return self._report(
+                        run,
+                        Result.PENDING,
+                        f"the transition of {run.patch} goes on",
+                        "kmend status --watch",
+                    )
+                case Choice.REVERSE:
+                    return self._reverse(run, goal, following, found)
+
+    def _choice(self, on_stall: OnStall, last: Transition | None) -> Choice:
+        match on_stall:
+            case OnStall.REVERSE:
+                return Choice.REVERSE
+            case OnStall.WAIT:
+                return Choice.WAIT
+            case OnStall.ASK:
+                return Choice.REVERSE if self.ask is None else self.ask(last)
+
+    def _reverse(self, run: _Run, goal: Phase, following: Following, stalled: Followed) -> ActionReport:
+        """Go back to how it was before: the stall's reason is what is reported."""
+        refusal = _stalled(run.patch, goal, stalled)
+        back = Phase.UNPATCHING if goal is Phase.PATCHING else Phase.PATCHING
+        act.set_enabled(self.place, run.patch, back is Phase.PATCHING, run.messages)
+        patience = replace(following.patience, limit=max(following.patience.limit, WAY_BACK))
+        found = self._follower(run, back, patience).run()
+        run.followed.append(found)
+        if found.end is not End.COMPLETE:
+            why = f"{run.patch} does not come to an end in either direction"
+            return replace(
+                self._report(run, Result.STALLED, why, "kmend blockers says what it waits for"),
+                refused=(refusal, _stalled(run.patch, back, found)),
+            )
+        run.step(f"{back.value} is complete after {found.seconds:.1f} s")
+        if back is Phase.PATCHING:
+            why = f"{run.patch} could not be taken back, and is in force as before"
+        else:
+            if run.verb == "load":
+                act.remove(self.place, run.patch)
+                run.removed.append(run.patch)
+            why = f"{run.patch} could not be brought into force, and was taken back"
+        return replace(self._report(run, Result.REVERSED, why), refused=(refusal,))
+
+    # -- what all actions share ----------------------------------------------------------------------
+
+    def _observe(self, limit: int = 0) -> Seen:
+        return observe(self.place, self.config.state, limit=limit or blockers.SHOWN)
+
+    def _journal(self, boot: str) -> Journal:
+        return Journal(self.config.state, boot)
+
+    def _perform(
+        self,
+        verb: str,
+        name: str,
+        text: str,
+        detail: dict[str, object],
+        seen: Seen,
+        work: Callable[[_Run], ActionReport],
+    ) -> ActionReport:
+        """An action with its entries in the journal, however it ends; a refusal becomes its report."""
+        boot = seen.kernel.boot_id
+        book = self._journal(boot)
+        for row in journal.unfinished(_records(book), boot):
+            # we hold the lock: whoever began it is dead
+            Action(book, row.id, row.verb, row.patch, journal.who(self.place, "")).end(
+                "interrupted", f"its kmend (process {row.pid}) was killed; found by `kmend {verb} {name}`"
+            )
+        action = book.begin(verb, name, journal.who(self.place, " ".join(sys.argv[:8])), text, detail)
+        try:
+            log: klog.KernelLog | None = klog.KernelLog(self.place, new_only=True)
+        except Unable:
+            log = None
+        run = _Run(verb, name, action, log, time.monotonic())
+        try:
+            return work(run)
+        except KmendError as error:
+            report = self._report(run, Result.REFUSED, error.what)
+            return replace(report, refused=error.reasons)
+        except BaseException as error:  # Ctrl-C, SIGTERM: the kernel goes on with what was begun
+            action.end("interrupted", f"stopped by {type(error).__name__}; the kernel was left as it is")
+            raise
+        finally:
+            if log is not None:
+                log.close()
+
+    def _report(self, run: _Run, result: Result, why: str, next_step: str = "") -> ActionReport:
+        """The report of an action, which ends here in the journal too."""
+        messages = run.messages()
+        run.action.end("done" if result in (Result.DONE, Result.PENDING) else result.value, why)
+        return ActionReport(
+            verb=run.verb,
+            patch=run.patch,
+            result=result,
+            why=why,
+            next_step=next_step,
+            checks=run.checks,
+            steps=tuple(run.steps),
+            followed=tuple(run.followed),
+            replaced=run.replaced,
+            removed=tuple(run.removed),
+            warnings=tuple(_warnings(messages, run.action.journal)),
+            messages=tuple(row for row in messages if row.livepatch),
+            seconds=time.monotonic() - run.began,
+        )
+
+    # -- what the target in the cache tells ----------------------------------------------------------
+
+    def _view(self, seen: Seen) -> tuple[TargetView | None, str]:
+        """The target of the very kernel that runs, when it is in the cache; else why there is none."""
+        from kmend.kernel.prepared import open_target
+        from kmend.view import TargetView
+
+        try:
+            target = open_target(self.config, Release(seen.kernel.release))
+        except KmendError as error:
+            return None, error.what
+        if target.build_id != seen.kernel.build_id:
+            return None, f"the target {target.release} in the cache is another build than the one that runs"
+        return TargetView(self.config, target), ""
+
+    def _rules(self, view: TargetView | None, problem: str, data: bytes, path: str) -> list[Check]:
+        """`kmend check` against the target in the cache."""
+        if view is None:
+            return [Check("rules of kmend check", None, problem)]
+        checked = view.check(data, path)
+        rows = [Check("rules of kmend check", False, row.what, row) for row in checked.refusals]
+        number = sum(checked.checked.values())
+        return rows or [Check("rules of kmend check", True, f"{number} things looked at, no objection")]
+
+
+# -- a module's file ---------------------------------------------------------------------------------
+
+
+def _contents(fd: int) -> bytes:
+    data = b""
+    while chunk := os.pread(fd, 1 << 22, len(data)):
+        data += chunk
+    return data
+
+
+def read_module_file(data: bytes, path: str, view: TargetView | None) -> ModuleFile:
+    """What a module's file says of itself; its functions with a target, or from its own build report.
+
+    Raises:
+        UsageError: it is no livepatch module.
+    """
+    from kmend.elf.reader import read
+    from kmend.module.describe import describe
+
+    elf = read(data, path)
+    found = describe(elf, view.layout if view is not None else None, path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    wanted = _wanted(found)
+    if wanted is None:
+        wanted = _reported(path, sha256)
+    note = found.note or {}
+    info = dict(found.info)
+    return ModuleFile(
+        path=path,
+        name=(found.name or Path(path).name.partition(".")[0]).replace("-", "_"),
+        vermagic=found.vermagic,
+        build_id=str(note.get("build_id") or info.get("kmend_build_id") or ""),
+        depends=tuple(word.replace("-", "_") for word in info.get("depends", "").split(",") if word),
+        signed=data.endswith(preflight.SIGNED),
+        identity=_identity(elf),
+        sha256=sha256,
+        wanted=wanted,
+        replace=found.replace,
+    )
+
+
+def _identity(elf: ElfFile) -> str:
+    return identity({name: section.data for name in IDENTITY if (section := elf.section(name)) is not None})
+
+
+def _wanted(found: Description) -> tuple[Wanted, ...] | None:
+    if found.objects is None:
+        return None
+    return tuple(Wanted(o.name, f.old_name, f.sympos) for o in found.objects for f in o.funcs)
+
+
+def _reported(path: str, sha256: str) -> tuple[Wanted, ...] | None:
+    """The functions that the build report beside the module names, if it is the report of this very file."""
+    try:
+        report = json.loads(Path(path).with_suffix(".json").read_bytes())
+        if report["sha256"] != sha256:
+            return None
+        return tuple(
+            Wanted(str(o["name"]), str(f["name"]), int(f["sympos"]))
+            for o in report["objects"]
+            for f in o["functions"]
+            if f["status"] == "changed"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# -- words -------------------------------------------------------------------------------------------
+
+
+def _known(seen: Seen, name: str) -> LivePatch:
+    patch = seen.named(name)
+    if patch is None:
+        there = ", ".join(row.name for row in (*seen.patches, *seen.left)) or "none at all"
+        raise UsageError(
+            f"the kernel has no livepatch {name}",
+            why=f"loaded: {there}",
+            next_step="kmend list",
+            rule="unknown-patch",
+        )
+    return patch
+
+
+def _same(there: LivePatch, module: ModuleFile, interrupted: Sequence[journal.Record]) -> bool:
+    """Whether what is loaded is this very file: by its notes, else by what a killed run wrote down."""
+    if module.identity:
+        return there.module is not None and there.module.identity == module.identity
+    return any(row.detail.get("sha256") == module.sha256 for row in interrupted)
+
+
+def _unused(row: LivePatch) -> bool:
+    return row.module is not None and row.module.references == 0
+
+
+def _leftover_check(row: LivePatch) -> Check:
+    if row.phase is Phase.COMING:
+        refusal = _coming(row.name)
+    elif row.forced or not _unused(row):
+        references = row.module.references if row.module is not None else None
+        refusal = Refusal(
+            "module-in-use",
+            f"a former {row.name} is still loaded",
+            f"its module has {references} references"
+            + ("; a transition of it was forced" if row.forced else ""),
+            "build the patch with another name (-n)",
+        )
+    else:
+        return Check(
+            "leftover", True, f"an unused module of a former {row.name} is there: it is removed first"
+        )
+    return Check("leftover", False, refusal.what, refusal)
+
+
+def _refused(verb: str, name: str, refusal: Refusal) -> ActionReport:
+    return ActionReport(verb, name, Result.REFUSED, refusal.what, refused=(refusal,))
+
+
+def _coming(name: str) -> Refusal:
+    return Refusal(
+        "coming",
+        f"{name} is being loaded",
+        "its symbols are being looked up; it is not enabled yet",
+        "wait a moment (kmend status)",
+    )
+
+
+def _other_transition(moving: LivePatch, seen: Seen) -> Refusal:
+    left = f"; {seen.transition.left} tasks are left" if seen.transition is not None else ""
+    return Refusal(
+        "transition-running",
+        f"{moving.name} is {moving.phase.value}{left}",
+        "the kernel makes one transition at a time",
+        "wait for its end (kmend status --watch), or turn that one round first",
+    )
+
+
+def _no_transition(patch: LivePatch) -> Refusal:
+    return Refusal(
+        "no-transition",
+        f"{patch.name} is {patch.phase.value}, in no transition",
+        "there is nothing to bring to an end",
+        "kmend status",
+    )
+
+
+def _not_confirmed(name: str, transition: Transition | None) -> Refusal:
+    left = transition.left if transition is not None else 0
+    functions = sorted({row.function for row in transition.blockers if row.function} if transition else ())
+    where = f", in {', '.join(f'{f}()' for f in functions)}" if functions else ""
+    return Refusal(
+        "not-confirmed",
+        f"{name} was not forced: {left} tasks are left{where}",
+        "forcing lets these tasks go on in code that does not fit the data of the new one: if old and new "
+        "code differ in locking or in what data means, the kernel may hang or corrupt data. The modules "
+        "of the code that they are in can not be unloaded before the next boot",
+        f"better: kmend unload {name}. If you know that it is harmless: kmend force {name} --yes-i-know",
+    )
+
+
+def _forced_words(patch: LivePatch) -> str:
+    if patch.phase is Phase.UNPATCHING:
+        return "its module stays loaded until the next boot, as tasks may still run its code"
+    return (
+        "tasks may go on in the old functions until they leave them; modules of patches that it replaced "
+        "stay loaded until the next boot"
+    )
+
+
+def _left(found: Followed) -> str:
+    if found.last is None:
+        return "no task of user space left (idle processors, or the kernel is finishing)"
+    return f"{found.last.left} of {found.last.tasks} tasks left"
+
+
+def _stalled(name: str, goal: Phase, found: Followed) -> Refusal:
+    rows = found.last.blockers if found.last is not None else ()
+    shown = [f"{row.task.tid} ({row.task.name}) {row.why}: {row.remedy}" for row in rows[:8]]
+    if found.last is not None and found.last.left > len(shown):
+        shown.append(f"… and {found.last.left - len(shown)} more")
+    return Refusal(
+        "transition-stalled",
+        f"{goal.value} {name} did not end within {found.seconds:.0f} s: {_left(found)}",
+        "\n".join(shown) or "the kernel does not say what it waits for",
+        "let these tasks go on and try again; --wait SECONDS or --on-stall wait gives it more time",
+    )
+
+
+def _warnings(messages: Sequence[KernelMessage], book: Journal) -> Iterator[Refusal]:
+    for report in kmsg.reports(messages):
+        yield Refusal(
+            "kernel-complained",
+            f"the kernel reported meanwhile: {report.headline}",
+            f"in {report.where}" if report.where else "see the kernel log",
+            "look at dmesg; if it is the patch, take it back",
+        )
+    if book.trouble:
+        yield Refusal(
+            "journal-unwritable",
+            "what was done could not be written down",
+            book.trouble,
+            "free space or mend the folder: without the journal a killed kmend leaves no trace",
+        )
+
+
+def _records(book: Journal) -> tuple[journal.Record, ...]:
+    try:
+        return book.records()
+    except KmendError:
+        return ()

@@ -1,0 +1,165 @@
+"""What is done to the kernel, one small step each; every refusal of it becomes a sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+
+from kmend.core.errors import Failed, Refusal, Refused, Unable
+from kmend.core.kmsg import KernelMessage
+from kmend.runtime import answers, syscalls
+from kmend.runtime.patches import read_module
+from kmend.runtime.place import Place, optional
+
+#: Bits of ``CapEff`` (include/uapi/linux/capability.h).
+_CAPABILITIES = ((16, "CAP_SYS_MODULE"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN"))
+#: A patch's last reference to its module is dropped from a work queue, a moment after its folder is gone.
+_REFERENCE_LIMIT = 10.0
+
+Messages = Callable[[], tuple[KernelMessage, ...]]
+
+
+def require_power(place: Place, verb: str) -> None:
+    """Refuse to begin what would fail half way.
+
+    Raises:
+        Unable: not root (rule ``not-root``), or root of a container alone (rule ``container``).
+    """
+    status = optional(place.proc / "self/status") or ""
+    fields = {line.partition(":")[0]: line.partition(":")[2].strip() for line in status.splitlines()}
+    effective = int(fields.get("CapEff", "0") or "0", 16)
+    lacking = [name for bit, name in _CAPABILITIES if not effective >> bit & 1]
+    if os.geteuid() != 0 or lacking:
+        raise Unable(
+            f"kmend {verb} needs root",
+            why=f"this user has not got {', '.join(lacking) or 'the files of root'}",
+            next_step=f"sudo kmend {verb} …",
+            rule="not-root",
+        )
+    mapping = (optional(place.proc / "self/uid_map") or "").split()
+    if len(fields.get("NSpid", "").split()) > 1 or mapping not in ([], ["0", "0", "4294967295"]):
+        raise Unable(
+            f"kmend {verb} does not work inside a container",
+            why="not all tasks of the kernel can be seen from here",
+            next_step="run it on the host",
+            rule="container",
+        )
+
+
+def insert(name: str, fd: int, parameters: str, messages: Messages) -> None:
+    """Load the module in an open file.
+
+    Raises:
+        Refused: the kernel refuses; the rule and the words follow its log (:mod:`kmend.runtime.answers`).
+    """
+    number = syscalls.finit_module(fd, parameters)
+    if number:
+        raise Refused([answers.explain(f"{name} was not loaded", number, messages())])
+
+
+def write_attribute(place: Place, name: str, attribute: str, value: str) -> int:
+    """Write to ``/sys/kernel/livepatch/NAME/ATTRIBUTE``; 0 or the error number."""
+    try:
+        fd = os.open(place.livepatch / name / attribute, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+def set_enabled(place: Place, name: str, enabled: bool, messages: Messages) -> bool:
+    """Enable, disable, or turn a running transition round. False: the patch has gone meanwhile.
+
+    Raises:
+        Refused: the kernel refuses. EINVAL, its answer when the patch is as asked for already, is none:
+        whoever made it so was quicker.
+    """
+    number = write_attribute(place, name, "enabled", "1" if enabled else "0")
+    if number in (errno.ENOENT, errno.ENODEV):
+        return False
+    if number == errno.EINVAL:
+        if optional(place.livepatch / name / "enabled") == ("1" if enabled else "0"):
+            return True
+        if not (place.livepatch / name).is_dir():
+            return False
+    if number:
+        what = f"{name} was not {'enabled' if enabled else 'disabled'}"
+        raise Refused([answers.explain(what, number, messages())])
+    return True
+
+
+def force(place: Place, name: str, messages: Messages) -> None:
+    """End a transition at once, whatever tasks are doing.
+
+    Raises:
+        Refused: the kernel refuses; EINVAL: there is no transition of this patch (rule ``no-transition``).
+    """
+    number = write_attribute(place, name, "force", "1")
+    if number in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
+        raise Refused(
+            [
+                Refusal(
+                    "no-transition",
+                    f"{name} was not forced: it is in no transition",
+                    "it ended a moment ago",
+                    "kmend status",
+                )
+            ]
+        )
+    if number:
+        raise Refused([answers.explain(f"{name} was not forced", number, messages())])
+
+
+def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> None:
+    """Unload a module once nothing refers to it any more; ``limit`` in seconds.
+
+    Raises:
+        Refused: it stays in use (rule ``module-in-use``), or the kernel refuses.
+    """
+    deadline = time.monotonic() + limit
+    while True:
+        number = syscalls.delete_module(name)
+        if number in (0, errno.ENOENT):
+            return
+        if number not in (errno.EWOULDBLOCK, errno.EBUSY):
+            raise Refused([answers.unexplained(f"{name} was not unloaded", number, ())])
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.02)
+    module = read_module(place, name)
+    if module is None:
+        return
+    holders = f"; it is used by {', '.join(module.holders)}" if module.holders else ""
+    raise Refused(
+        [
+            Refusal(
+                "module-in-use",
+                f"{name} was not unloaded",
+                f"it has {module.references} references{holders}. After a forced transition a module stays "
+                "until the next boot: tasks may still be in its code",
+                "leave it; it does nothing any more",
+            )
+        ]
+    )
+
+
+def open_module(path: str) -> int:
+    """A descriptor of the module's file, which is read, checked and loaded through it alone.
+
+    Raises:
+        Failed: (rule ``unreadable``) it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failed(
+            f"{path} cannot be read",
+            why=error.strerror or str(error),
+            next_step="name a livepatch module (.ko)",
+            rule="unreadable",
+        ) from error

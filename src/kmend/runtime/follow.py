@@ -1,0 +1,192 @@
+"""Following a transition to its end: count what is left, and wake what sleeps in the wrong place.
+
+The kernel retries about once a second (``klp_try_complete_transition()``), and after 15 retries interrupts
+what is left. Doing the same by hand right away brings a transition to its end at the next retry.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kmend.core.live import (
+    Blocker,
+    Cause,
+    End,
+    Followed,
+    LivePatch,
+    Phase,
+    Sample,
+    Step,
+    Transition,
+)
+from kmend.core.progress import Progress
+from kmend.runtime import blockers, tasks
+from kmend.runtime.blockers import Explainer
+from kmend.runtime.patches import read_patch, read_patches
+from kmend.runtime.place import Place
+from kmend.runtime.wake import Woken, interrupt
+
+#: Seconds between two looks at the patch's own files: two small reads.
+_TICK = 0.02
+#: Seconds between two looks at all tasks, at least; never more than a fifth of the time is spent looking.
+_SWEEP = 0.2
+#: Seconds before a task that was interrupted is interrupted again: the kernel's own retry comes first.
+_AGAIN = 1.5
+#: Seconds that a task must be left without a patched function seen on its stack before it is woken too.
+_UNEXPLAINED = 3.0
+#: So many tasks are explained at a look while a transition runs.
+_EXPLAINED = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait, in seconds, and what may be done meanwhile.
+
+    ``limit``: until the transition counts as stalled. ``before_waking``: how long tasks get to leave by
+    themselves. ``wake``: whether tasks may be interrupted at all; ``io_uring``: also those in
+    ``io_uring_enter()``, which then returns EINTR.
+    """
+
+    limit: float = 60.0
+    before_waking: float = 0.4
+    wake: bool = True
+    io_uring: bool = False
+
+
+@dataclass(slots=True)
+class Follower:
+    """Follows one patch's transition towards ``goal`` (PATCHING or UNPATCHING)."""
+
+    place: Place
+    name: str
+    goal: Phase
+    patience: Patience
+    progress: Progress
+    wake: Callable[[list[int]], Woken] = interrupt
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    samples: list[Sample] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    woken: dict[int, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    _began: float = 0.0
+    _first_seen: dict[int, float] = field(default_factory=dict)
+    _explainer: Explainer | None = None
+    _last: Transition | None = None
+    _said: str = ""
+
+    def run(self) -> Followed:
+        """Follow it to its end, or to the limit. Nothing is undone when the limit is reached."""
+        self._began = self.clock()
+        next_sweep = self._began + min(_SWEEP, self.patience.before_waking)
+        self.progress.step(f"{self.goal.value} {self.name}: waiting for tasks to switch")
+        while True:
+            end = self._end()
+            now = self.clock()
+            if end is not None:
+                return self._followed(end, now)
+            if now - self._began >= self.patience.limit:
+                self._look()  # what holds it up now is what the user is told
+                return self._followed(End.STALLED, self.clock())
+            if now >= next_sweep:
+                self._look()
+                took = self.clock() - now
+                next_sweep = self.clock() + max(_SWEEP, 4 * took)
+            self.sleep(_TICK)
+
+    def _seconds(self) -> float:
+        return self.clock() - self._began
+
+    def _followed(self, end: End, now: float) -> Followed:
+        return Followed(
+            end=end,
+            seconds=now - self._began,
+            samples=tuple(self.samples),
+            steps=tuple(self.steps),
+            woken=tuple(self.woken),
+            last=self._last,
+        )
+
+    def _end(self) -> End | None:
+        """Whether it is over, by the patch's own two files."""
+        patch = read_patch(self.place, self.name, objects=False)
+        if patch is None:
+            return End.COMPLETE if self.goal is Phase.UNPATCHING else End.GONE
+        if patch.phase is self.goal:
+            return None
+        match patch.phase:
+            case Phase.PATCHING | Phase.UNPATCHING:
+                return End.REVERSED
+            case Phase.ENABLED:
+                return End.COMPLETE if self.goal is Phase.PATCHING else End.REVERSED
+            case Phase.DISABLED | Phase.COMING | Phase.LEFT:
+                return End.COMPLETE if self.goal is Phase.UNPATCHING else End.GONE
+
+    def _look(self) -> None:
+        """Sweep all tasks, say what is left, wake what may be woken."""
+        if self._explainer is None:
+            patches = read_patches(self.place)
+            patch = next((row for row in patches if row.name == self.name), None)
+            if patch is None or not tasks.supported(self.place):
+                return
+            self._explainer = Explainer.of(self.place, patch, patches)
+        target = blockers.UNPATCHED if self.goal is Phase.UNPATCHING else blockers.PATCHED
+        seen = tasks.sweep(self.place, target)
+        self.samples.append(Sample(round(self._seconds(), 3), len(seen.pending), seen.tasks))
+        self.progress.amount(seen.tasks - len(seen.pending), seen.tasks)
+        if not seen.pending:
+            self._last = None
+            return
+        found = blockers.explained(self.place, self._explainer, seen, _EXPLAINED)
+        self._last = Transition(
+            self.name, self.goal, target, seen.tasks, len(seen.pending), found, seen.unreadable
+        )
+        here = {tid for _, tid in seen.pending}
+        for tid in self._first_seen.keys() - here:
+            del self._first_seen[tid]
+        now = self.clock()
+        for tid in here:
+            self._first_seen.setdefault(tid, now)
+        if self.patience.wake and self._seconds() >= self.patience.before_waking:
+            self._wake([row for row in found if self._may_wake(row, now)], now)
+
+    def _may_wake(self, row: Blocker, now: float) -> bool:
+        tid = row.task.tid
+        if now - self.woken.get(tid, now - _AGAIN) < _AGAIN:
+            return False
+        match row.cause:
+            case Cause.IN_FUNCTION:
+                return True
+            case Cause.IO_URING:
+                return self.patience.io_uring
+            case Cause.UNRELIABLE | Cause.UNKNOWN:
+                return row.task.state == "S" and now - self._first_seen.get(tid, now) >= _UNEXPLAINED
+            case _:
+                return False
+
+    def _wake(self, rows: list[Blocker], now: float) -> None:
+        if not rows:
+            return
+        first = rows[0]
+        where = f" in {first.function}()" if first.function else ""
+        names = f"{first.task.tid} ({first.task.name})" + (
+            f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        )
+        text = f"interrupted {len(rows)} tasks that slept{where}: {names}"
+        woken = self.wake([row.task.tid for row in rows])
+        for row in rows:
+            self.woken[row.task.tid] = now
+        if woken.failed:
+            text += f"; {len(woken.failed)} could not be: {next(iter(woken.failed.values()))}"
+        self.failed.update(woken.failed)
+        if text != self._said:
+            self._said = text
+            self.steps.append(Step(round(self._seconds(), 3), text))
+            self.progress.step(f"{self.goal.value} {self.name}: {text}")
+
+
+def phase_of(place: Place, name: str) -> LivePatch | None:
+    """The patch as it is now, without its objects."""
+    return read_patch(place, name, objects=False)
