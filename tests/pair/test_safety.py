@@ -17,7 +17,7 @@ from kmend.verify.callers import TargetCallers
 from kmend.verify.callgraph import CallGraph
 from kmend.verify.flow import RETURN, START, Flow
 from kmend.verify.hooks import who_hooks
-from kmend.verify.safety import Callers, Reached, Review, ReviewUnit, review
+from kmend.verify.safety import Callers, Reached, Review, ReviewUnit, _primitive, review
 
 #: The kernel's functions that the rules know by name.
 KERNEL = """
@@ -318,6 +318,43 @@ def test_atomic_instructions_are_counted_beside_it(look: Look) -> None:
     atomic = f'asm volatile("{table}\\n671: lock incl %0" : "+m" (*p));'
     found = look(LOCKED, ("    fput(file);", "    " + atomic))
     assert "it has 1 instructions with a LOCK prefix (had 0)" in rows(found.warnings, "lock-change")["f"]
+
+
+def test_what_is_got_counts_when_it_can_be_given_back(look: Look) -> None:
+    text = """
+    extern void *thing_get(int n); extern int reg_get(int n); extern void thing_put(void *p);
+    int f(int n) { mutex_lock(&m); n = outside(n); mutex_unlock(&m); return n; }
+    void g(void *p) { thing_put(p); }
+    """
+    found = look(text, ("n = outside(n);", "n = reg_get(n);"))
+    assert rows(found.warnings, "lock-change") == {}
+    found = look(text, ("n = outside(n);", "n = outside(n) + !thing_get(n);"))
+    assert "thing_get() right after mutex_lock()" in rows(found.warnings, "lock-change")["f"]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        *(("_raw_spin_lock_irqsave", True), ("mutex_trylock", True), ("down_read_killable", True)),
+        *(
+            ("up_write", True),
+            ("__srcu_read_unlock", True),
+            ("xfs_buf_unlock", True),
+            ("lock_sock_nested", True),
+        ),
+        *(("release_sock", True), ("fput", True), ("refcount_warn_saturate", True), ("tty_kref_put", True)),
+        *(("kfree", True), ("__SCT__tp_func_lock_x", False), ("assert_locked", False), ("block_read", False)),
+        *(("local_clock", False), ("skb_put", False), ("ktime_get", False), ("tty_set_lock_subclass", False)),
+        *(
+            ("dlm_print_one_lock", False),
+            ("__mmap_lock_do_trace_released", False),
+            ("rds_bind_lock_init", False),
+        ),
+        *(("lookup_one", False), ("update_x", False), ("backup", False), ("shutdown", False)),
+    ],
+)
+def test_what_counts_as_a_lock_or_reference(name: str, counts: bool) -> None:
+    assert _primitive(name) is counts
 
 
 # -- the flow of a function ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 from kmend.core.errors import Refusal
@@ -74,7 +74,10 @@ _PAUSES = frozenset(
 )
 _LOOPS = WAITS | STOPS | _PAUSES
 
-_NOT_LOCKS = re.compile(r"__SCT__|__traceiter|trace_|.*lockdep|.*_locked(_|$)")
+_NOT_LOCKS = re.compile(
+    r"__SCT__|__traceiter|.*trace_|.*lockdep|.*_locked(_|$)|.*print|.*lock_(?:init|destroy|cache|set_|class)"
+    r"|.*_(?:init|destroy|set)_.*lock|.*lock_\w*(?:subclass|cache)$"
+)
 _LOCK = re.compile(
     r"(?:.*_)?(?:un|try)?lock(?:_.*)?$|(?:__)?(?:down|up)(?:_(?:read|write|killable|interruptible|trylock|"
     r"timeout).*)?$|(?:__)?downgrade_write$|percpu_(?:down|up)_.*|release_sock$|(?:.*_)?(?:un)?lock$"
@@ -85,11 +88,11 @@ _REFERENCE = re.compile(
     r"__module_get)|put_pid|get_task_pid|get_pid_task|__put_task_struct|get_task_mm|mmput\w*|__mmdrop"
     r"|__put_cred|__put_net|sk_free|__sk_free|sock_gen_put|dst_release\w*|__folio_put|__put_page"
     r"|usb_(?:get|put)_\w+|put_disk|__pm_runtime_(?:resume|idle|suspend)|pm_runtime_get_if_\w+"
-    r"|put_task_stack|try_get_task_stack|[a-z]\w*_(?:put|get)"
+    r"|put_task_stack|try_get_task_stack|[a-z]\w*_put"
 )
-_NOT_REFERENCES = re.compile(
-    r"ktime_get|skb_put|nla_put|.*_skb_put|.*_nla_put|sg_\w+|bpf_\w+_get|__ktime_get"
-)
+#: A function of this name takes a reference when there is one that gives it back.
+_GET = re.compile(r"([a-z]\w*)_get")
+_NOT_REFERENCES = re.compile(r"skb_put|nla_put|.*_skb_put|.*_nla_put|sg_\w+")
 _FREE = frozenset(
     {
         *(
@@ -378,6 +381,11 @@ class _Unit:
             "known to be replaced too, allow it with --allow changed-signature",
         )
 
+    @cached_property
+    def _symbols(self) -> frozenset[str]:
+        """All names of the two objects."""
+        return frozenset(s.name for unit in (self.diff.old, self.diff.new) for s in unit.elf.symbols)
+
     # -- locks -------------------------------------------------------------------
 
     def _locks(self, row: Changed) -> Iterable[Refusal]:
@@ -386,7 +394,7 @@ class _Unit:
             (self.old, self.diff.old_special, row.original),
             (self.new, self.diff.new_special, row.key),
         )
-        counts = [_tally(graph, key) for graph, _, key in sides]
+        counts = [_tally(graph, key, self._symbols) for graph, _, key in sides]
         wanted = frozenset(counts[0] | counts[1])
         if wanted <= _FREE:
             return
@@ -463,12 +471,16 @@ def _primitive(name: str) -> bool:
     return bool(_REFERENCE.fullmatch(name)) and not _NOT_REFERENCES.fullmatch(name)
 
 
-def _tally(graph: CallGraph, key: str) -> Counter[str]:
+def _tally(graph: CallGraph, key: str, symbols: frozenset[str]) -> Counter[str]:
     names = (
         base_name(graph.unit.parts[call.callee].name) if call.inside else call.callee
         for call in graph.calls(key)
     )
-    return Counter(name for name in names if _primitive(name))
+    return Counter(
+        name
+        for name in names
+        if _primitive(name) or ((match := _GET.fullmatch(name)) and f"{match[1]}_put" in symbols)
+    )
 
 
 def _locked(graph: CallGraph, special: SpecialSections, key: str) -> int:
