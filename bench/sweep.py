@@ -4,9 +4,10 @@
     .venv/bin/python bench/sweep.py -n 20 --load 5
 
 Each changed file that the older kernel compiles becomes a patch by itself. Where it does not
-compile alone, the changed headers that the new version of it reads are put into the patch too, unless they
-reach more than a few hundred files. Every patch is built for the older kernel; a sample of the modules is
-loaded in the lab, the patched modules after it, and taken back. `failed` and `crashed` are defects of kmend.
+compile alone, it gets the hunks of changed headers that bring the names which the compiler misses, as the
+commit had them. Where that is not enough it needs other C files as well, and "does not compile". Every patch
+is built for the older kernel; a sample of the modules is loaded in the lab, the patched modules after it,
+and taken back. `failed` and `crashed` are defects of kmend.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 from kmend.core.config import Config, load
@@ -31,12 +32,9 @@ from kmend.core.progress import Silent
 from kmend.core.report import BuildReport, Outcome
 from kmend.core.target import Linkage, Release, Target
 from kmend.kernel import compile as compiling
-from kmend.kernel import headers, kbuild, store
+from kmend.kernel import kbuild, store
 from kmend.lab.guest import Guest
 from kmend.pipeline import BuildRequest, build
-
-#: A header that may reach more files than this is left out of a patch.
-WIDE = 400
 
 
 @dataclass
@@ -89,12 +87,36 @@ def patch_of(old: Target, new: Target, paths: list[str]) -> bytes:
     return out
 
 
+def hunks_of(patch: bytes) -> list[tuple[bytes, bytes]]:
+    """The hunks of a patch, each with its file's header."""
+    out = []
+    for text in re.split(rb"(?m)^(?=--- )", patch):
+        header, *hunks = re.split(rb"(?m)^(?=@@ )", text)
+        out += [(header, hunk) for hunk in hunks]
+    return out
+
+
+def with_hunks(hunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A patch of some hunks, in their order."""
+    out, last = b"", None
+    for header, hunk in hunks:
+        out += hunk if header == last else header + hunk
+        last = header
+    return out
+
+
+def brings(hunk: bytes, names: set[str]) -> bool:
+    """Whether one of the lines that the hunk adds holds one of the names."""
+    added = b"\n".join(line for line in hunk.splitlines() if line.startswith(b"+"))
+    return any(re.search(rb"\b" + re.escape(name.encode()) + rb"\b", added) for name in names)
+
+
 def try_build(
-    config: Config, old: Target, new: Target, sample: Sample, number: int, out: Path
+    config: Config, old: Target, sample: Sample, number: int, out: Path, patch: bytes
 ) -> BuildReport | None:
     name = f"sweep_{number}"
     request = BuildRequest(
-        patches=((f"{name}.patch", patch_of(old, new, sample.files)),),
+        patches=((f"{name}.patch", patch),),
         release=Release(store.name_of(old)),
         output=out,
         name=name,
@@ -120,31 +142,52 @@ def needed_headers(new: Target, path: str, changed: list[str]) -> list[str]:
     return sorted(found)
 
 
-@cache
-def reach_of(target: Target, header: str) -> int:
-    """How many files may include the header."""
-    return len(headers.load(target, Silent()).includers([header]))
+def does_not_compile(report: BuildReport | None) -> bool:
+    return report is not None and {r.rule for r in report.refused} == {"compile-error"}
+
+
+def with_needed_hunks(
+    config: Config,
+    old: Target,
+    new: Target,
+    sample: Sample,
+    number: int,
+    out: Path,
+    own: bytes,
+    extra: list[str],
+    report: BuildReport | None,
+) -> BuildReport | None:
+    """Add the headers' hunks that bring what the compiler misses, until it compiles or nothing is left."""
+    hunks = hunks_of(patch_of(old, new, extra))
+    chosen: set[int] = set()
+    while does_not_compile(report) and report is not None:
+        said = "\n".join(row.why for row in report.refused)
+        names = set(re.findall(r"[\u2018']((?:struct |union |enum )?\w+)[\u2019']", said))
+        names = {name.split()[-1] for name in names}
+        absent = re.findall(r"fatal error: (\S+): No such file", said)
+        more = {
+            i
+            for i, (header, hunk) in enumerate(hunks)
+            if i not in chosen and (brings(hunk, names) or any(f.encode() in header for f in absent))
+        }
+        if not more:
+            break
+        chosen |= more
+        picked = [hunks[i] for i in sorted(chosen)]  # what was added may need others itself
+        report = try_build(config, old, sample, number, out, with_hunks(picked) + own)
+        sample.files = [*{header.split()[1].decode()[2:]: 0 for header, _ in picked}, sample.path]
+    return report
 
 
 def run_one(
     config: Config, old: Target, new: Target, sample: Sample, number: int, out: Path, changed: list[str]
 ) -> None:
     start = time.perf_counter()
-    report = try_build(config, old, new, sample, number, out)
-    if report is not None and {r.rule for r in report.refused} == {"compile-error"}:
+    own = patch_of(old, new, [sample.path])
+    report = try_build(config, old, sample, number, out, own)
+    if does_not_compile(report):
         extra = needed_headers(new, sample.path, changed)
-        narrow = [h for h in extra if reach_of(old, h) <= WIDE]
-        if narrow:
-            sample.files = [*narrow, sample.path]
-            report = try_build(config, old, new, sample, number, out)
-        if (
-            report is not None
-            and {r.rule for r in report.refused} == {"compile-error"}
-            and len(narrow) < len(extra)
-        ):
-            sample.outcome = "too wide"
-            sample.note = f"needs one of {len(extra) - len(narrow)} headers that reach more than {WIDE} files"
-            report = None
+        report = with_needed_hunks(config, old, new, sample, number, out, own, extra, report)
     sample.seconds = time.perf_counter() - start
     if report is None:
         return
@@ -243,7 +286,7 @@ def main() -> int:
             print(f"loaded  {sample.path}  {why or 'well'}", flush=True)
             if why:
                 wrong.append(sample)
-    compiling_ones = [s for s in samples if s.outcome not in ("does not compile", "too wide")]
+    compiling_ones = [s for s in samples if s.outcome != "does not compile"]
     good = [s for s in compiling_ones if s.outcome in ("built", "nothing-changed")]
     print("\n" + "\n".join(rows(samples)))
     share = 100 * len(good) / max(len(compiling_ones), 1)
