@@ -26,6 +26,8 @@ def register_ftrace_function(k: Kernel, function: Function) -> int:
 
 def unregister_ftrace_function(k: Kernel, function: Function) -> int:
     """Take the handler away; when this returns no CPU is inside of it."""
+    if k.point:
+        k.point("unregister_ftrace_function")
     k.ipmodify.discard(function.addr)
     return 0
 

@@ -221,11 +221,12 @@ class Machine:
             UsageError: the step names a task, patch, module or function that the scenario does not declare,
                 or asks a task for what it cannot do now (enter while it sleeps, leave while it does not).
         """
-        result = self._execute(step)
+        result = self.perform(step)
         advance(self.k, 0)
         return result
 
-    def _execute(self, step: Step) -> Result:
+    def perform(self, step: Step) -> Result:
+        """:meth:`execute` without letting the works run that the step has scheduled."""
         k = self.k
         match step:
             case Load(name):
