@@ -51,8 +51,9 @@ TOOLS = (
 SBIN = "/usr/sbin:/sbin"
 
 
-def missing_tools(tools: tuple[Tool, ...] = TOOLS) -> tuple[Tool, ...]:
-    """The rows of ``tools`` that this machine lacks."""
+def missing_tools(tools: tuple[Tool, ...] | None = None) -> tuple[Tool, ...]:
+    """The rows of ``tools`` (by default :data:`TOOLS`) that this machine lacks."""
+    tools = TOOLS if tools is None else tools
     lacking = [t for t in tools if not t.name.startswith("<") and not find_program(t.name)]
     if any(t.name == "gcc" for t in lacking):
         return tuple(lacking)  # headers can only be asked of a compiler
@@ -69,7 +70,7 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=SBIN)
 
 
-def need_tools(tools: tuple[Tool, ...] = TOOLS) -> None:
+def need_tools(tools: tuple[Tool, ...] | None = None) -> None:
     """Raise Unable (rule ``missing-tool``) naming every tool and package that is lacking."""
     if lacking := missing_tools(tools):
         raise Unable(
