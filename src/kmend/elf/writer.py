@@ -220,6 +220,15 @@ def rewrite(elf: ElfFile) -> bytes:
     the byte, which is what reader and writer are held to.
 
     Raises:
+        UsageError: as :func:`taken_apart`.
+    """
+    return write(*taken_apart(elf), flags=elf.flags)
+
+
+def taken_apart(elf: ElfFile) -> tuple[list[OutSection], list[OutSymbol]]:
+    """A relocatable file that was read, as what :func:`write` takes; the order is the file's.
+
+    Raises:
         UsageError: (rule ``bad-elf``) it is no relocatable file, or one with section groups (which the
             kernel's build has none of).
     """
@@ -264,4 +273,4 @@ def rewrite(elf: ElfFile) -> bytes:
             for offset, info, addend in _RELA.iter_unpack(rela.data)
         ]
         sections[rela.info].relas.append((rela.name, rela.flags & ~SHF_INFO_LINK, rows))
-    return write(sections.values(), symbols, flags=elf.flags)
+    return list(sections.values()), symbols
