@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from archive import Archive, Signer, Source, make_deb, serving
 from kmend.core.config import Config
 from kmend.core.errors import Unable
 from kmend.core.target import Release
-from kmend.kernel import packaging
-from kmend.kernel.debian import PackageSet, together, wanted_names
+from kmend.kernel import packaging, store
+from kmend.kernel.debian import Apt, Package, PackageSet, together, wanted_names
 from kmend.kernel.debian import own as own_lists
 from kmend.kernel.snapshot import Snapshot
 from kmend.kernel.work import Work
@@ -170,3 +171,33 @@ def test_a_common_kernel_needs_none(publish: Publish, tmp_path: Path) -> None:
     plain = PackageSet(packages.release, VERSION, packages.image, packages.headers, packages.source, "")
     config = Config(tmp_path / "cache", tmp_path, 1, "http://127.0.0.1:9")
     assert packaging.get(config, Work(), plain, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "refused"), [("# CONFIG_LIVEPATCH is not set", True), ("CONFIG_LIVEPATCH=y", False)]
+)
+def test_a_kernel_without_livepatch_is_refused_by_its_headers(
+    tmp_path: Path, option: str, refused: bool
+) -> None:
+    root = f"usr/src/linux-headers-{RELEASE}"
+    files = {
+        f"{root}/.config": f"CONFIG_PREEMPT_RT=y\n{option}\n".encode(),
+        f"{root}/Module.symvers": b"",
+        f"{root}/.kernelvariables": b"CC = $(CROSS_COMPILE)gcc-12\n",
+    }
+    downloads, folder = tmp_path / "downloads", tmp_path / "target"
+    downloads.mkdir()
+    folder.mkdir()
+    deb = make_deb(downloads, f"linux-headers-{RELEASE}", VERSION, "amd64", files)
+    digest = hashlib.sha256(deb.data).hexdigest()
+    package = Package(deb.name, VERSION, "amd64", len(deb.data), digest, 1, "", Apt("test"))
+    packages = PackageSet(RELEASE, VERSION, package, package, package, "")
+    config = Config(tmp_path / "cache", tmp_path / "state", 1, "http://127.0.0.1:9")
+    parts = store._Parts(config, Work(), packages, None, folder, downloads)
+    if not refused:
+        assert parts.headers().compiler == "gcc-12"
+        return
+    with pytest.raises(Unable) as caught:
+        parts.headers()
+    assert caught.value.rule == "no-livepatch"
+    assert caught.value.exit_status == 3

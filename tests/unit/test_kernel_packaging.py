@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kmend.core.errors import Failed
-from kmend.core.target import Release
+from kmend.core.config import Config
+from kmend.core.errors import Failed, Unable
+from kmend.core.progress import Silent
+from kmend.core.target import Release, Target
 from kmend.kernel import lab_drivers, packaging
 from kmend.kernel.debian import Apt, Package, PackageSet
 from kmend.kernel.work import Work
@@ -219,3 +221,43 @@ def test_drivers_get_rows_as_depmod_writes_them() -> None:
 def test_a_driver_that_needs_what_nobody_has_is_an_error() -> None:
     with pytest.raises(Failed, match="netfs"):
         lab_drivers.dependencies("", {"9p": b"\0depends=netfs\0"})
+
+
+def a_target(folder: Path, *, dep: str, builtin: str = "", config: str = "") -> Target:
+    modules = folder / "modules"
+    modules.mkdir(parents=True)
+    (folder / "source").mkdir()
+    (modules / "modules.dep").write_text(dep)
+    (modules / "modules.builtin").write_text(builtin)
+    (folder / "config").write_text(config)
+    return Target(
+        release=Release("6.1.0-55-cloud-amd64"), source_version="6.1.192-1", banner="", build_id="ab",
+        folder=folder, source=folder / "source", config=folder / "config", symvers=folder / "symvers",
+        vmlinux=folder / "vmlinux", vmlinuz=None, modules=modules, compiler="gcc-12",
+    )  # fmt: skip
+
+
+def settings(folder: Path) -> Config:
+    return Config(folder / "cache", folder / "state", 1, "http://127.0.0.1:9")
+
+
+def test_a_kernel_with_all_drivers_is_given_none(tmp_path: Path) -> None:
+    target = a_target(
+        tmp_path / "t",
+        dep="kernel/fs/9p/9p.ko.xz:\nkernel/net/9p/9pnet-virtio.ko:\n",
+        builtin="net/9pnet.ko\n",
+    )
+    assert lab_drivers.provide(settings(tmp_path), target, Silent()) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "why"), [("CONFIG_MODULE_SIG_FORCE=y\n", "signed"), ("", "its source has no net/9p")]
+)
+def test_drivers_that_cannot_be_had_are_named(tmp_path: Path, config: str, why: str) -> None:
+    target = a_target(tmp_path / "t", dep="kernel/fs/ext4/ext4.ko:\n", config=config)
+    with pytest.raises(Unable, match="cannot be a guest") as caught:
+        lab_drivers.provide(settings(tmp_path), target, Silent())
+    assert caught.value.rule == "no-lab-kernel"
+    assert "9pnet, 9pnet_virtio, 9p" in caught.value.why
+    assert why in caught.value.why
+    assert [path for path in target.folder.iterdir() if path.name.startswith("lab-drivers")] == []
