@@ -14,12 +14,20 @@ from dataclasses import dataclass, replace
 from kmend.diff.declared import Declarations, declarations, is_declaration
 from kmend.diff.runtime_const import module_form
 from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry, SpecialSections
-from kmend.diff.twins import Twins, match
+from kmend.diff.twins import Twins, match, section_class
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import SHF_ALLOC, Reloc, Section
 from kmend.elf.reader import slice_relocs
 from kmend.insn.decode import decode
 
+#: Where variables stand that are nothing but memory; the sections differ in where the linker puts them.
+_ORDINARY = frozenset(
+    {
+        *(".data", ".bss", ".data..read_mostly", ".data.unlikely", ".data..unlikely", ".data.once"),
+        *(".data..once", ".data.do_once", ".data..do_once", ".data..cacheline_aligned", ".ref.data"),
+        *(".data..page_aligned", ".bss..page_aligned"),
+    }
+)
 _NO_IDENTITY = frozenset({"__func__", "__PRETTY_FUNCTION__", "__FUNCTION__", "CSWTCH"})
 
 
@@ -80,6 +88,21 @@ def without_identity(unit: UnitObject, part: Part) -> bool:
         and not unit.section_of(part).writable
         and base_name(part.name) in _NO_IDENTITY
     )
+
+
+def moved(old: UnitObject, a: Part, new: UnitObject, b: Part) -> bool:
+    """Whether a variable stands in another section that says something of how it is reached or may be used.
+
+    A per-CPU variable is reached by its offset in each CPU's area; one that was read-only after init must not
+    be written. Between the sections of ordinary variables nothing changes. What moves to init memory or from
+    there is seen where it is used.
+    """
+    before, after = section_class(old, a), section_class(new, b)
+    if before == after or before.startswith(".init") or after.startswith(".init"):
+        return False
+    if before.startswith(".rodata") and after.startswith(".rodata"):
+        return False
+    return not (before in _ORDINARY and after in _ORDINARY | {".data..ro_after_init"})
 
 
 def compare(old: UnitObject, new: UnitObject, sizes: Mapping[str, int] | None = None) -> ObjectDiff:
@@ -182,6 +205,9 @@ class _Comparer:
         if difference is not None or b.kind is PartKind.DATA:
             if difference is None and self.old.section_of(a).flags != self.new.section_of(b).flags:
                 return Difference("its section's flags differ")
+            if difference is None and b.kind is PartKind.DATA and moved(self.old, a, self.new, b):
+                before, after = section_class(self.old, a), section_class(self.new, b)
+                return Difference(f"it stood in {before} and now stands in {after}")
             return difference
         for name, table_row in TABLE.items():
             if not table_row.compared:

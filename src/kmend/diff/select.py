@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kmend.core.errors import Refusal
-from kmend.diff.compare import ObjectDiff, cold_parent, without_identity
+from kmend.diff.compare import ObjectDiff, cold_parent, moved, without_identity
 from kmend.diff.declared import CallbackKind
 from kmend.diff.exports import exports_of, is_export_table
-from kmend.diff.special import DISPENSABLE, ORC, SATELLITES, TABLE, Entry
+from kmend.diff.special import DISPENSABLE, ORC, PER_CPU, SATELLITES, TABLE, Entry
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, Ref, RefKind, UnitObject, base_name
 from kmend.elf.model import Reloc, Section
@@ -35,16 +35,23 @@ from kmend.insn.decode import containing
 #: Sections whose memory is gone (or never runs again) once the kernel or module is up.
 _INIT = (".init", ".exit", ".meminit", ".devinit", ".cpuinit")
 #: Sections that new variables may stand in: the module loader gives each of them its meaning.
-#: (``.data..once`` is the name of ``.data.once`` since dbefa1f31a91, 6.13, and in stable kernels.)
+#: (``.data..once`` is the name of ``.data.once`` since dbefa1f31a91, 6.13, and in stable kernels.) See
+#: docs/special-sections.md.
 _PLAIN_DATA = (
-    *(".data", ".bss", ".rodata", ".data.once", ".data..once", ".data..read_mostly"),
-    *(".data.unlikely", ".data..unlikely"),
+    *(".data", ".bss", ".rodata", ".data.once", ".data..once", ".data.do_once", ".data..do_once"),
+    *(".data..read_mostly", ".data.unlikely", ".data..unlikely", ".data..cacheline_aligned"),
+    *(".data..ro_after_init", "__trace_printk_fmt"),
+    *(PER_CPU, PER_CPU + "..shared_aligned", PER_CPU + "..read_mostly", PER_CPU + "..page_aligned"),
 )
-_DYNDBG = ("__dyndbg",)
+#: The per-CPU part of a DEFINE_SRCU() in code of vmlinux (include/linux/srcutree.h).
+_SRCU = "_srcu_data"
+#: Descriptors of pr_debug(); those of whole classes of messages (``__dyndbg_classes``) are another thing.
+_DYNDBG = "__dyndbg"
 #: Sections whose variables nobody looks for: one may go when the code that used it goes.
 _TAKEN_AWAY = (".data", ".bss", ".rodata", ".init.data", ".init.rodata", ".exit.data", ".discard")
 #: New rows here change nothing that runs: information about the module or the printk formats.
-_INFORMATION = (".modinfo", ".printk_index")
+_PRINTK_INDEX = ".printk_index"
+_INFORMATION = (".modinfo", _PRINTK_INDEX)
 #: Static locals that only say whether, or how often, a message was printed: where their twin cannot be told,
 #: a fresh one does (include/linux/once_lite.h, include/linux/ratelimit.h). Not those of DO_ONCE()
 #: (include/linux/once.h): get_random_once() would seed a table anew that is in use.
@@ -189,7 +196,7 @@ class Linker:
         (lib/dynamic_debug.c registers the copies of a module when it is loaded).
         """
         section = self.new.section_of(target)
-        if section.name.startswith(_DYNDBG):
+        if section.name == _DYNDBG:
             return True
         return without_identity(self.new, target)
 
@@ -238,6 +245,23 @@ def _unknown_tables(unit: UnitObject) -> dict[str, tuple[str, ...]]:
     return {key: tuple(names) for key, names in found.items()}
 
 
+def _index_only(unit: UnitObject) -> frozenset[str]:
+    """Variables that only the printk index refers to: descriptions of messages, which no code reads.
+
+    ``_entry`` of pr_info() and its like with ``CONFIG_PRINTK_INDEX`` (include/linux/printk.h).
+    """
+    named: set[str] = set()
+    used: set[str] = set()
+    if not any(s.name.startswith(_PRINTK_INDEX) for s in unit.elf.sections):
+        return frozenset()
+    for section in unit.elf.sections:
+        for reloc in section.relocs if section.alloc else ():
+            ref = unit.ref(section, reloc)
+            if ref.kind is RefKind.PART:
+                (named if section.name.startswith(_PRINTK_INDEX) else used).add(ref.name)
+    return frozenset(named - used)
+
+
 class _Selector:
     def __init__(self, diff: ObjectDiff, extra_roots: tuple[str, ...]) -> None:
         self.diff = diff
@@ -250,6 +274,7 @@ class _Selector:
         self._asked = frozenset(diff.declared.ignored_sections)
         self._skipped: set[str] = set()
         self._tables = _unknown_tables(self.new)
+        self._index = _index_only(self.new)
 
     def refuse(self, rule: str, what: str, why: str, next_step: str) -> None:
         self.refusals.setdefault((rule, what), Refusal(rule, what, why, next_step))
@@ -363,11 +388,15 @@ class _Selector:
             section = self.new.section_of(part)
             if section.name.startswith(_INFORMATION) or self.linker.copied(part):
                 continue
+            if section.name in TABLE or key in self._index:
+                continue
             if self._wanted_as_it_is(section.name, section_class(self.new, part)):
                 continue
             before = self.old.parts[self.diff.twins.original[key]]
             if not is_init(section) and (
-                before.size != part.size or self.old.section_of(before).flags != section.flags
+                before.size != part.size
+                or self.old.section_of(before).flags != section.flags
+                or moved(self.old, before, self.new, part)
             ):
                 # Nobody may allow this: new code would read or write beyond the old variable, or into
                 # memory that is read-only.
@@ -390,13 +419,13 @@ class _Selector:
         for key in self.diff.new_data:
             part = self.new.parts[key]
             name = section_class(self.new, part)
-            if name.startswith((*_INFORMATION, *_DYNDBG, ".discard")) or self._plain(name):
+            if name.startswith((*_INFORMATION, ".discard")) or name == _DYNDBG or self._plain(name):
                 continue
-            if self._wanted_as_it_is(name):
+            if name in TABLE or self._wanted_as_it_is(name):
                 continue
             self.refuse(
                 "init-data" if name.startswith(_INIT) else "special-data",
-                part.name,
+                f"section {name}" if name == ".BTF_ids" else part.name,
                 f"the patch adds a variable to the section {name}, which only the kernel's or the "
                 "module's own start looks at",
                 "leave this part of the change to the next reboot",
@@ -405,13 +434,13 @@ class _Selector:
         kept = set(self.diff.twins.original.values())
         for part in self.old.variables():
             name = section_class(self.old, part)
-            if part.key in kept or name.startswith((*_INFORMATION, *_DYNDBG, *_TAKEN_AWAY)):
+            if part.key in kept or name == _DYNDBG or name.startswith((*_INFORMATION, *_TAKEN_AWAY)):
                 continue
-            if self._wanted_as_it_is(name):
+            if name in TABLE or self._wanted_as_it_is(name):
                 continue
             self.refuse(
                 "init-data" if name.startswith(_INIT) else "special-data",
-                part.name,
+                f"section {name}" if name == ".BTF_ids" else part.name,
                 f"the patch takes a variable away from the section {name}, which the kernel or the module "
                 "has looked at when it started",
                 "leave this part of the change to the next reboot",
@@ -451,7 +480,8 @@ class _Selector:
         name = unit.section_of(part).name
         return (
             unit.section_of(part).writable
-            and not name.startswith((*_INIT, *_DYNDBG))
+            and name != _DYNDBG
+            and not name.startswith(_INIT)
             and base_name(part.name) not in _FRESH
         )
 
@@ -607,6 +637,8 @@ class _Selector:
                 "leave the change to the next reboot",
             )
             return
+        if section.name.startswith(PER_CPU):
+            self._per_cpu(part)
         for table in self._tables.get(part.key, ()):
             self.refuse(
                 "special-section",
@@ -635,6 +667,26 @@ class _Selector:
                 "the original has static local variables of this name, and which of them it is "
                 "cannot be told",
                 "give the new variable another name, or keep the number of variables of this name",
+            )
+
+    def _per_cpu(self, part: Part) -> None:
+        """A new per-CPU variable, which the module loader allocates and copies for each CPU."""
+        if base_name(part.name).endswith(_SRCU):
+            self.refuse(
+                "special-data",
+                part.name.removesuffix(_SRCU),
+                "the patch defines an SRCU domain; nobody would clean it up when the module goes, and a "
+                "grace period that is still under way would end in freed memory",
+                "define a struct srcu_struct, init_srcu_struct() it in a pre-patch callback (kmend.h), and "
+                "cleanup_srcu_struct() it in a post-unpatch callback",
+            )
+        elif self.new.relocs(part):
+            self.refuse(
+                "special-data",
+                part.name,
+                "the patch adds a per-CPU variable that begins with an address; the module loader relocates "
+                "nothing in per-CPU data (kernel/module/main.c, apply_relocations)",
+                "set it in a pre-patch callback (kmend.h)",
             )
 
     def _places(self, part: Part) -> None:

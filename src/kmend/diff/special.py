@@ -55,11 +55,25 @@ TABLE: dict[str, SpecialRow] = {
             ".static_call_sites", (8,), True, "include/linux/static_call_types.h, struct static_call_site"
         ),
         SpecialRow(".orc_unwind_ip", (4,), False, "arch/x86/include/asm/orc_types.h"),
+        # What may be probed, or made to fail: it holds for the function that takes the place of another, too.
+        SpecialRow("_kprobe_blacklist", (8,), True, "include/asm-generic/kprobes.h, NOKPROBE_SYMBOL"),
+        SpecialRow(
+            "_error_injection_whitelist",
+            (16,),
+            True,
+            "include/asm-generic/error-injection.h, struct error_injection_entry",
+        ),
     )
 }
 #: Runs parallel to ``.orc_unwind_ip``, one ``struct orc_entry`` for each of its entries.
 ORC = ".orc_unwind"
 ORC_IP = ".orc_unwind_ip"
+#: Every per-CPU variable stands in a section that begins so (include/linux/percpu-defs.h). A module has one
+#: of this very name (kernel/module/main.c, find_pcpusec); what the endings say (``..read_mostly``) is for the
+#: linker of vmlinux.
+PER_CPU = ".data..percpu"
+#: Functions that no kprobe may be set on stand here (``__kprobes``); a module has one as well.
+NO_PROBES = ".kprobes.text"
 #: Code that the above refer to and that belongs to no function symbol.
 SATELLITES = frozenset({".altinstr_replacement", ".altinstr_aux"})
 #: Tables about functions that a module can do without. ``.ibt_endbr_seal`` says whose ENDBR may be erased,

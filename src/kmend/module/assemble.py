@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.core.target import VMLINUX
 from kmend.diff.select import Link, Linker, LinkKind, Selection
-from kmend.diff.special import ORC, ORC_IP, TABLE, Entry, SpecialSections
+from kmend.diff.special import NO_PROBES, ORC, ORC_IP, PER_CPU, TABLE, Entry, SpecialSections
 from kmend.diff.twins import section_class
 from kmend.diff.unit import Part, PartKind, UnitObject
 from kmend.elf.model import (
@@ -152,8 +152,11 @@ class _Assembler(Output):
             name = section_class(new, part)
             if part.kind is PartKind.FUNCTION:
                 name = ".text.unlikely" if ".cold" in part.name or "unlikely" in section.name else ".text"
+                name = NO_PROBES if section.name.startswith(NO_PROBES) else name
             elif name.startswith(".rodata"):
                 name = ".rodata"
+            elif name.startswith(PER_CPU):
+                name = PER_CPU
             if section.type == SHT_NOBITS and name in self.out and self.out[name].type != SHT_NOBITS:
                 name = ".bss"
             out = self._section(
@@ -327,6 +330,8 @@ class _Assembler(Output):
         links = [(reloc, linker.of_entry(entry, reloc)) for reloc in entry.relocs]
         if name in EARLY and self._late_entry(unit, owner, name, links):
             return
+        if name == ".call_sites" and self._late_call(unit, owner, entry):
+            return
         out = self._section(name, SHT_PROGBITS, source.flags & (SHF_ALLOC | SHF_WRITE), source.align)
         at = out.add(entry.data, 1)
         if name == ORC_IP:
@@ -372,6 +377,22 @@ class _Assembler(Output):
             "late-module-key" if name == "__jump_table" else "late-module-alternative", owner, late[0]
         )
         return True
+
+    def _late_call(self, unit: UnitPatch, owner: Part, entry: Entry) -> bool:
+        """Whether a call leads into a module that may come later.
+
+        Call depth tracking leads calls to the accounting in front of the function while the module is loaded
+        (arch/x86/kernel/callthunks.c, patch_call). Such a call has no target yet: the kernel would look in
+        the wrong place, and warn. Left out, the call is not counted.
+        """
+        new = unit.selection.diff.new
+        place = owner.start + entry.owner_offset + 1  # behind the opcode E8
+        section = new.section_of(owner)
+        linker = Linker(unit.selection.diff)
+        return any(
+            reloc.offset == place and self._is_late(unit, linker.of_code(owner, section, reloc))
+            for reloc in new.relocs(owner)
+        )
 
     # -- descriptors ------------------------------------------------------------------
 
