@@ -206,8 +206,8 @@ class _Comparer:
             if difference is None and self.old.section_of(a).flags != self.new.section_of(b).flags:
                 return Difference("its section's flags differ")
             if difference is None and b.kind is PartKind.DATA and moved(self.old, a, self.new, b):
-                before, after = section_class(self.old, a), section_class(self.new, b)
-                return Difference(f"it stood in {before} and now stands in {after}")
+                was, now = section_class(self.old, a), section_class(self.new, b)
+                return Difference(f"it stood in {was} and now stands in {now}")
             return difference
         for name, table_row in TABLE.items():
             if not table_row.compared:
