@@ -26,7 +26,7 @@ from kmend import __version__
 from kmend.core.config import Config
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.core.progress import Progress, Timings
-from kmend.core.report import BuildReport, FunctionRow, ObjectRow, Outcome, Verified
+from kmend.core.report import BuildReport, FunctionRow, ObjectRow, Outcome, UnitCounts, Verified
 from kmend.core.target import MAX_MODULE_NAME, VMLINUX, Release, Target, Unit
 from kmend.kernel import overlay, prepare, prepared
 from kmend.pairs import Compiler, Pair, reached_by
@@ -49,17 +49,18 @@ from kmend.view import TargetView, scratch
 if TYPE_CHECKING:
     from kmend.diff.compare import ObjectDiff
     from kmend.diff.select import Selection
-    from kmend.diff.unit import UnitObject
     from kmend.module.resolve import Resolution
     from kmend.patch.model import PatchSet
     from kmend.patch.reach import Reach
     from kmend.verify.symbols import Proof, World
+    from kmend.verify.types import Types
 
 #: The stages behind the compiler: loaded while it runs.
 LATER = (
     "kmend.diff.compare",
     "kmend.diff.select",
     "kmend.verify.rules",
+    "kmend.verify.safety",
     "kmend.verify.symbols",
     "kmend.module.assemble",
     "kmend.report.build",
@@ -72,6 +73,7 @@ class BuildRequest:
 
     ``patches`` are (name, contents) in the order of application; ``strip`` is how many leading folders to
     take off the names in them: for all, or by the patch's name (those not named: found out).
+    ``allow`` are rules whose refusals a human has decided to overrule (:mod:`kmend.verify.allow`).
     """
 
     patches: tuple[tuple[str, bytes], ...]
@@ -82,6 +84,7 @@ class BuildRequest:
     fuzz: int = 0
     strip: int | Mapping[str, int] | None = None
     signing: Signing | None = None
+    allow: frozenset[str] = frozenset()
 
 
 # -- the stages ------------------------------------------------------------------------------------
@@ -94,6 +97,7 @@ class UnitWork:
     unit: Unit
     diff: ObjectDiff
     selection: Selection
+    types: tuple[Types, Types]
 
 
 def name_of(request: BuildRequest) -> str:
@@ -156,6 +160,8 @@ class _Build:
         self.progress, self.timings = progress, timings
         self.warnings: list[Refusal] = []
         self.refusals: list[Refusal] = []
+        self.considered = 0
+        self.units = UnitCounts()
 
     def run(self) -> BuildReport:
         measure = self.timings.measure
@@ -175,10 +181,10 @@ class _Build:
             with measure("verify"):
                 self.progress.step("proving against the kernel's own code")
                 proofs = self._prove(view, works, compiler)
-            refusals = [*dict.fromkeys(self.refusals), *(r for w in works for r in w.selection.refusals)]
-            refusals += [r for p in proofs for r in p.refusals]
-            if refusals:
-                raise Refused(refusals)
+                self._review(view, pairs, works)
+            self.refusals += [r for w in works for r in w.selection.refusals]
+            self.refusals += [r for p in proofs for r in p.refusals]
+            self._refuse()
         with measure("link"):
             data, rows = self._assemble(view, works, proofs, applied)
         with measure("verify"):
@@ -202,6 +208,7 @@ class _Build:
     def _reach(self, applied: Applied) -> Reach:
         reached = reached_by(applied, self.target, self.progress)
         self.warnings += reached.warnings
+        self.considered = len(reached.units) + len(reached.candidates)
         return reached
 
     # -- objects --------------------------------------------------------------------------------
@@ -215,14 +222,18 @@ class _Build:
 
     def _open(self) -> TargetView:
         """The target, and the code of the stages to come: made ready while the compilers run."""
+        from kmend.insn.decode import decode
+
         view = TargetView(self.config, self.target)
         for name in LATER:
             importlib.import_module(name)
         view.glue()
         view.symbols.named("_stext")  # the first question of all lets the table of names be made
+        decode(b"\x90")  # the first instruction of all loads the decoder's tables
         return view
 
     def _diff(self, pairs: Sequence[Pair], view: TargetView) -> list[UnitWork]:
+        """The units that the module is made of; none: the patch makes the same code everywhere."""
         from kmend.diff.compare import compare
         from kmend.diff.select import select
 
@@ -232,29 +243,26 @@ class _Build:
             selection = select(diff)
             # What is new alone changes nothing here, but another unit may need it.
             if not diff.nothing or diff.new_functions or diff.new_data or selection.refusals:
-                works.append(UnitWork(pair.unit, diff, selection))
-                self.refusals += self._types(pair.old, pair.new)
-            self.warnings += selection.warnings
-        works = [
-            w
-            for w in self._share(works, view.world())
-            if w.selection.included or w.selection.refusals or w.diff.declared.acts
-        ]
-        if any(w.selection.changed or w.selection.refusals or w.diff.declared.acts for w in works) or (
-            self.refusals
-        ):
-            return works
-        return []
+                types = self._types(pair)
+                works.append(UnitWork(pair.unit, diff, selection, types))
+            else:
+                self.warnings += selection.warnings
+        works = self._share(works, view.world())
+        self.warnings += [warning for work in works for warning in work.selection.warnings]
+        works = [w for w in works if w.selection.included or w.selection.refusals or w.diff.declared.acts]
+        changed = [w for w in works if w.selection.changed or w.selection.refusals or w.diff.declared.acts]
+        self.units = UnitCounts(self.considered, len(pairs), sum(bool(w.selection.changed) for w in works))
+        return works if changed or self.refusals else []
 
-    @staticmethod
-    def _types(old: UnitObject, new: UnitObject) -> tuple[Refusal, ...]:
-        """Structures and enumerations that the two objects lay out differently."""
+    def _types(self, pair: Pair) -> tuple[Types, Types]:
+        """The types of the two objects; what they lay out differently is refused."""
         from kmend.verify.types import Types, changed_layouts
 
-        before, after = Types.of(old.elf, old.name), Types.of(new.elf, new.name)
+        before, after = Types.of(pair.old.elf, pair.old.name), Types.of(pair.new.elf, pair.new.name)
         if before is None or after is None:
-            raise Failed(f"{new.name} was compiled without its types", rule="internal")
-        return changed_layouts(before, after)
+            raise Failed(f"{pair.new.name} was compiled without its types", rule="internal")
+        self.refusals += changed_layouts(before, after)
+        return before, after
 
     def _share(self, works: list[UnitWork], world: World) -> list[UnitWork]:
         """Let each unit bring along its new global functions and variables that another unit needs.
@@ -347,6 +355,29 @@ class _Build:
                 proof.refusals += prover.proof.refusals[before:]
             else:
                 proof.refusals.append((second or mismatch).refusal(work.unit.owner))
+
+    # -- what a human has to decide ----------------------------------------------------------------
+
+    def _review(self, view: TargetView, pairs: Sequence[Pair], works: Sequence[UnitWork]) -> None:
+        """What the replaced functions do to the machine, however right the module is."""
+        from kmend.verify.safety import ReviewUnit, review
+
+        found = review(
+            [ReviewUnit(work.unit.owner, work.selection, work.types) for work in works],
+            [(pair.unit.owner, pair.old) for pair in pairs],
+            view.callers(),
+        )
+        self.refusals += found.refusals
+        self.warnings += found.warnings
+
+    def _refuse(self) -> None:
+        """Raise what has been refused and not been allowed."""
+        from kmend.verify.allow import split
+
+        decided = split(self.refusals, self.request.allow)
+        self.warnings += decided.warnings
+        if decided.refusals:
+            raise Refused(decided.refusals)
 
     # -- module ---------------------------------------------------------------------------------
 
@@ -441,7 +472,9 @@ class _Build:
 
     def _nothing(self) -> BuildReport:
         warnings = tuple(dict.fromkeys(self.warnings))
-        return BuildReport(self.name, Outcome.NOTHING_CHANGED, kernel_id(self.target), warnings=warnings)
+        return BuildReport(
+            self.name, Outcome.NOTHING_CHANGED, kernel_id(self.target), warnings=warnings, units=self.units
+        )
 
     def _write(self, data: bytes, rows: tuple[ObjectRow, ...], proofs: Sequence[Proof]) -> BuildReport:
         return written(
@@ -453,6 +486,7 @@ class _Build:
             objects=rows,
             warnings=self.warnings,
             verified=Verified(sum(p.functions for p in proofs), sum(p.identical for p in proofs), ()),
+            units=self.units,
         )
 
 

@@ -14,7 +14,7 @@ from kmend import __version__
 from kmend.core.errors import KmendError, Refusal, Refused, UsageError
 from kmend.core.files import write_atomically
 from kmend.core.progress import Timings
-from kmend.core.report import BuildReport, KernelId, ObjectRow, Outcome, Verified
+from kmend.core.report import BuildReport, KernelId, ObjectRow, Outcome, UnitCounts, Verified
 from kmend.core.target import MAX_MODULE_NAME, Target
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def written(
     objects: tuple[ObjectRow, ...],
     warnings: Sequence[Refusal],
     verified: Verified | None = None,
+    units: UnitCounts | None = None,
 ) -> BuildReport:
     """Sign the module if asked, and write ``NAME.ko`` into the folder ``output``."""
     if signing is not None:
@@ -163,6 +164,7 @@ def written(
         objects=objects,
         warnings=tuple(dict.fromkeys(warnings)),
         verified=verified or Verified(),
+        units=units or UnitCounts(),
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kmend.elf.model import ElfFile
     from kmend.module.layout import Layout
     from kmend.module.resolve import Resolution
+    from kmend.verify.callers import TargetCallers
     from kmend.verify.rules import Checked
     from kmend.verify.symbols import World
 
@@ -111,6 +112,12 @@ class TargetView:
         from kmend.verify.symbols import World
 
         return World(self.symbols, self.vmlinux, self.exports, self.module, self.dependencies)
+
+    def callers(self) -> TargetCallers:
+        """Who reaches a function in the kernel as it is."""
+        from kmend.verify.callers import TargetCallers
+
+        return TargetCallers(self.image, self.symbols, self.optional_module)
 
     def traceable(self, obj: str, place: int) -> bool:
         """Whether ftrace can redirect the function: the object's ``__mcount_loc`` lists it."""

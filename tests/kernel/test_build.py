@@ -291,6 +291,52 @@ def test_a_new_field_is_named(build: Build, target_56: Target, tmp_path: Path) -
     row = next(r for r in document["refused"] if r["rule"] == "layout-changed")
     assert row["what"] == "struct ext4_prealloc_space"
     assert "pa_fresh is new" in row["why"]
+    assert "klp_shadow" in row["next_step"]
+
+
+def test_a_human_may_allow_a_layout_and_never_a_proof(
+    build: Build, target_56: Target, tmp_path: Path
+) -> None:
+    """A structure that lives on the stack of one function: nobody else ever sees one."""
+    change = patch_of(
+        tmp_path,
+        target_56,
+        "fs/isofs/inode.c",
+        ("struct iso9660_options{\n", "struct iso9660_options{\n\tlong fresh;\n"),
+    )
+    status, document = build(change, "--kernel", target_56.release, "--allow", "layout-changed")
+    assert (status, document["result"]) == (0, "built")
+    (row,) = [row for row in document["warnings"] if row["rule"] == "layout-changed"]
+    assert "fresh is new" in row["why"]
+    assert row["next_step"].startswith("you answer for this")
+    status, document = build(change, "--kernel", target_56.release, "--allow", "provenance")
+    assert status == 2
+    assert rules(document) == {"not-allowable"}
+
+
+def test_a_changed_prototype_is_followed_into_all_its_callers(
+    build: Build, target_56: Target, tmp_path: Path
+) -> None:
+    """A right module: every caller in the kernel is replaced together with it."""
+    head = "get_joliet_filename(struct iso_directory_record"
+    body = "inode * inode{})\n{{\n\tstruct nls_table *nls;\n\tunsigned char len = 0;\n\n{}\tnls = "
+    changes = {
+        "isofs.h": (
+            f"{head} *, unsigned char *, struct inode *);",
+            f"{head} *, unsigned char *, struct inode *, int);",
+        ),
+        "joliet.c": (body.format("", ""), body.format(", int most", "\tif (most < 1)\n\t\treturn 0;\n")),
+        "dir.c": ("get_joliet_filename(de, tmpname, inode)", "get_joliet_filename(de, tmpname, inode, 64)"),
+        "namei.c": ("get_joliet_filename(de, tmpname, dir)", "get_joliet_filename(de, tmpname, dir, 64)"),
+    }
+    parts = [
+        patch_of(tmp_path, target_56, f"fs/isofs/{path}", change).read_bytes()
+        for path, change in changes.items()
+    ]
+    (tmp_path / "all.patch").write_bytes(b"".join(parts))
+    status, document = build(tmp_path / "all.patch", "--kernel", target_56.release)
+    assert (status, document["result"]) == (0, "built"), document["refused"]
+    assert {"get_joliet_filename", "isofs_lookup"} <= set(names(document)["isofs"])
 
 
 def test_a_series_with_a_level_of_its_own_for_each_patch(

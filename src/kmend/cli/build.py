@@ -28,6 +28,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--strip", type=_number, metavar="N", help="leading folders to take off the names in the patch"
     )
+    parser.add_argument(
+        "--allow",
+        metavar="RULE",
+        action="append",
+        default=[],
+        help="build although this rule refuses (docs/refusals.md says which a human may decide; repeatable)",
+    )
 
 
 def _number(text: str) -> int:
@@ -40,6 +47,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Build; exit status 0 for built and nothing changed, 1 for refused and failed."""
     from kmend.pipeline import BuildRequest, build
     from kmend.report.build import to_document, to_text
+    from kmend.verify.allow import checked
 
     signing, folder = output.signing(args), output.folder(args)
     patches, strip = read_patches(args.patch, args.strip)
@@ -52,6 +60,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         fuzz=args.fuzz,
         strip=strip,
         signing=signing,
+        allow=checked(args.allow),
     )
     report = build(request, context.config, context.progress)
     context.emit(to_document(report))

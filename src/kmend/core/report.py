@@ -51,6 +51,15 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitCounts:
+    """How many units the patch may reach, how many had to be compiled, and in how many code changed."""
+
+    considered: int = 0
+    compiled: int = 0
+    changed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class KernelId:
     release: str
     version: str
@@ -59,7 +68,7 @@ class KernelId:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """Everything a build has to tell. ``timings`` are wall seconds per stage."""
+    """Everything a build has to tell. ``timings`` are wall seconds per stage; ``units`` only people see."""
 
     name: str
     result: Outcome
@@ -70,4 +79,5 @@ class BuildReport:
     refused: tuple[Refusal, ...] = ()
     warnings: tuple[Refusal, ...] = ()
     verified: Verified = Verified()
+    units: UnitCounts = UnitCounts()
     timings: dict[str, float] = field(default_factory=dict)

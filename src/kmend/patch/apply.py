@@ -545,9 +545,9 @@ def mismatch(wanted: Sequence[bytes], lines: Sequence[bytes], expected: int) -> 
     def squeezed(row: bytes) -> bytes:
         return b" ".join(row.split())
 
-    if there := matches(wanted, lines, 0):
+    if places := matches(wanted, lines, 0):
         return (
-            f"its lines stand at line {there[0] + 1}, but its place is said to be another: fewer context lines "
+            f"its lines stand at line {places[0] + 1}, but its place is said to be another: fewer context lines "
             "in front or behind mean the start or the end of the file, and hunks follow each other"
         )
     if matches([bare(row) for row in wanted], [bare(row) for row in lines], 0):

@@ -179,6 +179,11 @@ def to_text(report: BuildReport) -> str:
         lines += grouped(title, reasons)
     if report.verified.functions:
         lines += ["", verified_line(report.verified)]
+    if report.units.considered:
+        counts = report.units
+        lines.append(
+            f"units    {counts.considered} considered, {counts.compiled} compiled, {counts.changed} changed"
+        )
     if report.timings:
         lines += ["", timings_line(report.timings)]
     return "\n".join(lines) + "\n"
