@@ -278,8 +278,8 @@ class Seeded(Livepatching):
 
 
 LOOK = settings(
-    max_examples=60,
-    stateful_step_count=30,
+    max_examples=150,
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -403,4 +403,4 @@ class ShadowVariables(RuleBasedStateMachine):
 
 
 TestShadowVariables = ShadowVariables.TestCase
-TestShadowVariables.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestShadowVariables.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

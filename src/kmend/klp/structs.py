@@ -247,11 +247,11 @@ class Frame:
 
     function: Function
     code: Function
+    #: The return address in the frame's code that a stack trace shows.
+    address: int = field(init=False)
 
-    @property
-    def address(self) -> int:
-        """The return address in the frame's code that a stack trace shows."""
-        return self.code.addr + 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", self.code.addr + 1)
 
 
 @dataclass(slots=True, eq=False)

@@ -168,7 +168,10 @@ def klp_check_stack_func(k: Kernel, func: Func, entries: list[Frame]) -> int:
         k.warn_on("klp_check_stack_func: no code")
         return -EINVAL
     low, high = code.addr, code.addr + code.size
-    return -EAGAIN if any(low <= frame.address < high for frame in entries) else 0
+    for frame in entries:
+        if low <= frame.address < high:
+            return -EAGAIN
+    return 0
 
 
 def klp_check_stack(k: Kernel, task: Task) -> tuple[int, str]:
