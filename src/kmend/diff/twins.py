@@ -62,6 +62,13 @@ def numbered(part: Part) -> bool:
     return part.kind is PartKind.DATA and bool(NUMBER.search(part.name))
 
 
+def _counter_in(part: Part) -> bool:
+    """Whether the name was made with a ``__COUNTER__`` (``__setup_root`` of btrfs was not)."""
+    if part.kind is PartKind.FUNCTION:
+        return part.name.startswith("__UNIQUE_ID_")
+    return bool(_COUNTED.match(part.name))
+
+
 def match(old: UnitObject, new: UnitObject) -> Twins:
     """Find the twins of two objects built from the same unit."""
     original: dict[str, str] = {}
@@ -75,7 +82,7 @@ def match(old: UnitObject, new: UnitObject) -> Twins:
 
     for key, part in new.parts.items():
         old_key = key if key in old.parts else old.aliases.get(key)
-        if old_key is None or numbered(part) or _COUNTED.match(part.name) or old_key in taken:
+        if old_key is None or numbered(part) or _counter_in(part) or old_key in taken:
             continue
         if old.parts[old_key].kind is part.kind:
             pair(key, old_key, Level.NAME)
@@ -111,11 +118,11 @@ def _counted(old: UnitObject, new: UnitObject, taken: set[str]) -> Iterable[tupl
         return (_DIGITS.sub("#", part.name), _DIGITS.sub("#", unit.section_of(part).name), unit.code(part))
 
     before: dict[tuple[str, str, bytes], list[str]] = {}
-    for part in old.variables():
-        if _COUNTED.match(part.name) and part.key not in taken:
+    for part in old.parts.values():
+        if _counter_in(part) and part.key not in taken:
             before.setdefault(identity(old, part), []).append(part.key)
-    for part in new.variables():
-        if _COUNTED.match(part.name):
+    for part in new.parts.values():
+        if _counter_in(part):
             keys = before.get(identity(new, part))
             if keys:
                 yield part.key, keys.pop(0)
@@ -220,6 +227,11 @@ class _Locals:
                 neither = keys[0] not in new_users and olds[0] not in old_users
                 if shared or neither:
                     self._pair(keys[0], olds[0], Level.ONLY)
+            elif new_users.keys().isdisjoint(keys) and old_users.keys().isdisjoint(olds):
+                # Nobody could tell one from another that no code and no data leads to.
+                for key in keys:
+                    if key in olds and self._alike(key, key):
+                        self._pair(key, key, Level.ONLY)
 
     def _by_order(self) -> None:
         for user, uses in self.new_uses.items():
