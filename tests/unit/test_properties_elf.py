@@ -258,3 +258,10 @@ def test_symbols_that_are_called_like_keys_do_not_hide_each_other() -> None:
     unit = UnitObject.parse(write(sections, symbols), "x.o")
     assert len(unit.parts) == len(names)
     assert set(match(unit, unit).original) == set(unit.parts)
+
+
+def test_a_function_without_code_is_refused() -> None:
+    text = OutSection(".text.f", SHT_NOBITS, SHF_ALLOC | SHF_EXECINSTR, 16, size=16)
+    with pytest.raises(Failed) as caught:
+        UnitObject.parse(write([text], [OutSymbol("f", text, 0, 16, STT_FUNC, STB_GLOBAL)]), "x.o")
+    assert caught.value.rule == "bad-elf"

@@ -182,6 +182,13 @@ class UnitObject:
                     rule="bad-elf",
                 )
             kind = PartKind.FUNCTION if symbol.type == STT_FUNC else PartKind.DATA
+            if kind is PartKind.FUNCTION and section.type == SHT_NOBITS:
+                raise Failed(
+                    f"{self.name}: the function {symbol.name} has no code",
+                    why=f"its section {section.name} has no contents: a file of debug information alone?",
+                    next_step="name the object itself",
+                    rule="bad-elf",
+                )
             place = (symbol.section, symbol.value, kind)
             if place in seen:
                 self.aliases[symbol.name] = seen[place].key

@@ -80,7 +80,8 @@ def load(path: Path) -> Exports:
         text = path.read_text("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise _bad(path, str(error)) from error
-    rows = text.splitlines()
+    # Only \n ends a row; splitlines() would also cut at a form feed, where the pattern sees none.
+    rows = text.removesuffix("\n").split("\n") if text else []
     names = _ROW.findall(text)
     if len(names) != len(rows):
         number, row = next((n, row) for n, row in enumerate(rows, 1) if not _ROW.fullmatch(row))
