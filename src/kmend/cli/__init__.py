@@ -60,6 +60,7 @@ VERBS = (
     Verb("blockers", "kmend.cli.blockers", "show what a transition waits for, with stacks"),
     Verb("log", "kmend.cli.log", "show what was done, and the kernel's words about it, by time"),
     Verb("info", "kmend.cli.info", "show what a built module holds"),
+    Verb("klp", "kmend.cli.klp", "walk through how the kernel patches itself, on kmend's model of it"),
     Verb("doctor", "kmend.cli.doctor", "say what this machine lacks, and the command that mends it"),
 )
 

@@ -28,6 +28,13 @@ from kmend.klp.sched import (
     ret,
     seconds,
 )
+from kmend.klp.shadow import (
+    klp_shadow_alloc,
+    klp_shadow_free,
+    klp_shadow_free_all,
+    klp_shadow_get,
+    klp_shadow_get_or_alloc,
+)
 from kmend.klp.structs import (
     DEBUG_FUNCTIONS,
     EBUSY,
@@ -41,6 +48,7 @@ from kmend.klp.structs import (
     Module,
     Object,
     Patch,
+    Shadow,
     Sleep,
     State,
     Task,
@@ -58,6 +66,8 @@ class CallbackKind(Enum):
 
 
 ALL_CALLBACKS = tuple(CallbackKind)
+#: Where the objects of a scenario lie that get shadow variables: somewhere in the direct map.
+OBJECTS = 0xFFFF888004000000
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +176,32 @@ class Settle:
     limit: float = 60.0
 
 
-Step = Load | Unload | Write | Call | Enter | Leave | Wait | Settle
+class ShadowCall(Enum):
+    """The functions of the shadow variable API."""
+
+    GET = "klp_shadow_get"
+    ALLOC = "klp_shadow_alloc"
+    GET_OR_ALLOC = "klp_shadow_get_or_alloc"
+    FREE = "klp_shadow_free"
+    FREE_ALL = "klp_shadow_free_all"
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowStep:
+    """Patched code uses a shadow variable of the object (by a name of the scenario's choice).
+
+    ``value`` is what a constructor stores; it fails with ``ctor_ret``. Result: the variable's value, or
+    ``NULL``; of the two that free, how many destructors ran.
+    """
+
+    call: ShadowCall
+    obj: str
+    id: int
+    value: int = 0
+    ctor_ret: int = 0
+
+
+Step = Load | Unload | Write | Call | Enter | Leave | Wait | Settle | ShadowStep
 #: An errno (0 or negative), or a word.
 Result = int | str
 
@@ -206,6 +241,7 @@ class Machine:
     debug: frozenset[str] = DEBUG_FUNCTIONS - {"klp_try_switch_task"}
     k: Kernel = field(init=False)
     _tasks: dict[str, Task] = field(init=False, default_factory=dict)
+    _objects: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.k = Kernel(self.line, debug=self.debug)
@@ -247,8 +283,43 @@ class Machine:
             case Settle(limit):
                 done = advance(k, seconds(limit), lambda: k.klp_transition_patch is None)
                 return "done" if done else "stuck"
+            case ShadowStep():
+                return self._shadow(step)
             case _ as unreachable:
                 assert_never(unreachable)
+
+    def _shadow(self, step: ShadowStep) -> Result:
+        """A call of the shadow variable API."""
+        k = self.k
+        obj = self._objects.setdefault(step.obj, OBJECTS + 0x40 * len(self._objects))
+        freed: list[Shadow] = []
+
+        def ctor(_obj: int, shadow: Shadow, data: object) -> int:
+            shadow.data = data
+            return step.ctor_ret
+
+        def dtor(_obj: int, shadow: Shadow) -> None:
+            freed.append(shadow)
+
+        found: Shadow | None = None
+        match step.call:
+            case ShadowCall.GET:
+                found = klp_shadow_get(k, obj, step.id)
+            case ShadowCall.ALLOC:
+                found = klp_shadow_alloc(k, obj, step.id, 8, ctor, step.value)
+            case ShadowCall.GET_OR_ALLOC:
+                found = klp_shadow_get_or_alloc(k, obj, step.id, 8, ctor, step.value)
+            case ShadowCall.FREE:
+                klp_shadow_free(k, obj, step.id, dtor)
+                return len(freed)
+            case ShadowCall.FREE_ALL:
+                klp_shadow_free_all(k, step.id, dtor)
+                return len(freed)
+        return str(found.data) if found else "NULL"
+
+    def object_name(self, obj: int) -> str:
+        """The scenario's name of an object with shadow variables."""
+        return next(name for name, address in self._objects.items() if address == obj)
 
     def task(self, name: str) -> Task:
         """The task of that name."""
