@@ -293,14 +293,15 @@ def patch(
         if file.new and file.old is not None:
             with_line_control(file.new, file.origins)
             with_line_control(file.new, origins_of(file.old, file.new))
-    reached = reach(applied, AllUnits())
-    shown([[r.rule, r.what, r.why, r.next_step] for r in reached.warnings])
     after = applied.contents
+    outcome = "applies twice"
     try:
         apply(found, lambda path: after[path] if path in after else read_tree(path), fuzz=fuzz)
     except KmendError as error:
-        return error.rule
-    return "applies twice"
+        outcome = f"applies, then {error.rule}"
+    reached = reach(applied, AllUnits())
+    shown([[r.rule, r.what, r.why, r.next_step] for r in reached.warnings])
+    return outcome
 
 
 def _series(data: bytes) -> str:
