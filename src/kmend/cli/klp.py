@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kmend.cli.context import Context
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``klp``."""
+    from kmend.cli import Parser, common_flags
     from kmend.klp.demo import DEMOS
     from kmend.klp.line import LINES
 
-    verbs = parser.add_subparsers(dest="klp_verb", metavar="WHAT", required=True)
+    verbs: Any = parser.add_subparsers(dest="klp_verb", metavar="WHAT", required=True, parser_class=Parser)
     demo = verbs.add_parser(
         "demo",
+        parents=[common_flags()],
         help="walk through a scenario step by step",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Walks a scenario of the livepatch core step by step: func stacks, task states, log.\n"
@@ -79,10 +81,10 @@ def _coloured(block: list[str], context: Context) -> None:
     console = Console(stderr=context.json, highlight=False)
     for i, line in enumerate(block):
         text = Text(line, style="bold" if not i else "")
-        text.highlight_regex(r"\S*UNPATCHED\b.*|\S*unpatched\b", "yellow")
-        text.highlight_regex(r"(?<!UN)(?<=_)PATCHED\b.*", "cyan")
+        text.highlight_regex(r"KLP_(TRANSITION_)?UNPATCHED.*", "yellow")
+        text.highlight_regex(r"KLP_(TRANSITION_)?PATCHED.*", "cyan")
         text.highlight_regex(r"\bnop\b|\(in transition\)", "magenta")
         if line.startswith("    log "):
             text.stylize("dim")
-        console.print(text)
+        console.print(text, soft_wrap=True)
     console.print()

@@ -214,6 +214,7 @@ DEMOS = (
             Part(ShadowStep(ShadowCall.FREE_ALL, "", 1), "Before the patch goes, all of the id go."),
             Part(Write("p1", "enabled", "0"), "The kernel would not have freed them by itself."),
         ),
+        tasks=(),
     ),
     Demo(
         "callbacks",
@@ -264,7 +265,7 @@ def describe(step: Step) -> str:
         case Settle():
             return "time passes"
         case ShadowStep(call, obj, id_):
-            return f"{call.value}({', '.join(part for part in (obj, str(id_)) if part)})"
+            return f"{call.value} ({', '.join(part for part in (obj, str(id_)) if part)})"
 
 
 def outcome(demo: Demo, step: Step, result: Result) -> str:

@@ -23,11 +23,11 @@ class Look(Enum):
 
 STATES = {-1: ("–", Look.IDLE), 0: ("unpatched", Look.UNPATCHED), 1: ("patched", Look.PATCHED)}
 #: Sizes of the picture, in pixels.
-LABEL, COLUMN, TASK, FUNC, GAP, CAPTION = 96, 152, 40, 22, 6, 14
+LABEL, COLUMN, TASK, FUNC, GAP, CAPTION = 96, 166, 40, 22, 6, 14
 FONT = 'font-family="DejaVu Sans, Helvetica, Arial, sans-serif"'
 LEGEND = "grey: no transition · orange: unpatched · blue: patched · dashed: asked to switch, in transition"
 #: Letters that fit into a column, in the captions' size.
-LETTERS = 22
+LETTERS = 24
 
 
 def owner(frame: str) -> tuple[str, str]:
@@ -151,7 +151,7 @@ def to_svg(timeline: Timeline) -> str:
         y = y_funcs
         found = {stack.function: stack for stack in moment.state.stacks}
         for name, depth in functions.items():
-            out += _stack(found.get(name), depth, x, y)
+            out += _stack(found.get(name), depth, x, y, absent=_absent(timeline, moment, name))
             y += heights[name]
         for j, (obj, id_, value) in enumerate(moment.shadows):
             out.append(_box(x, y_shadows + j * FUNC, COLUMN - GAP, FUNC - 3, Look.IDLE))
@@ -184,7 +184,13 @@ def _task(timeline: Timeline, task: TaskView, x: float, y: float) -> list[str]:
     ]
 
 
-def _stack(stack: StackView | None, depth: int, x: float, y: float) -> list[str]:
+def _absent(timeline: Timeline, moment: Moment, function: str) -> bool:
+    """Whether the function is one of a module that is not loaded."""
+    loaded = {module.name for module in moment.state.modules}
+    return any(function in decl.functions and decl.name not in loaded for decl in timeline.demo.modules)
+
+
+def _stack(stack: StackView | None, depth: int, x: float, y: float, *, absent: bool) -> list[str]:
     """A func stack, its bottom (the original) always at the same height."""
     funcs = stack.funcs if stack else ()
     out = []
@@ -194,6 +200,8 @@ def _stack(stack: StackView | None, depth: int, x: float, y: float) -> list[str]
         out.append(_box(x, at, COLUMN - GAP, FUNC - 3, look, dashed=func.transition))
         out.append(_text(x + 6, at + 14, func.patch + (": nop" if func.nop else "")))
     at = y + depth * FUNC
+    if absent:
+        return [_text(x + 6, at + 14, "not loaded", more=' fill="#555"')]
     out.append(_box(x, at, COLUMN - GAP, FUNC - 3, Look.ORIGINAL))
     out.append(_text(x + 6, at + 14, "original"))
     return out
