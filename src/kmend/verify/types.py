@@ -147,6 +147,8 @@ class Types:
                 leads = (size, *struct.unpack(f"<{len(tail) // 4}I", tail)[1::2])
             if leads and max(leads) >= count:
                 raise ValueError(f"type {index} leads to a type that does not exist")
+            if kind == _FUNC and self._rows[size][0] != _PROTO:
+                raise ValueError(f"function {index} leads to a type that is no prototype")
             if kind in _SHELLS or kind == _ARRAY or (kind in (_STRUCT, _UNION) and not name):
                 inner[index] = leads
         self._check_depth(inner)
