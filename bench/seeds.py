@@ -302,11 +302,10 @@ class Seeds:
 
 def gcc(folder: Path, name: str, *flags: str) -> bytes:
     """The object that gcc makes of the text above."""
-    out = folder / f"{name}.o"
-    source = folder / "seed.c"
-    source.write_text(TEXT)
-    subprocess.run(["gcc", *FLAGS, *flags, "-c", source, "-o", out], check=True)
-    return out.read_bytes()
+    # in the folder, so that __FILE__ is the same text in every run
+    (folder / "seed.c").write_text(TEXT)
+    subprocess.run(["gcc", *FLAGS, *flags, "-c", "seed.c", "-o", f"{name}.o"], cwd=folder, check=True)
+    return (folder / f"{name}.o").read_bytes()
 
 
 def plain(folder: Path) -> Seeds:
