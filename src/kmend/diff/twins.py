@@ -4,7 +4,8 @@ Certain matches come first, each with the level that found it:
 
 ``name``     same name and kind; not for the numbered names that GCC makes up itself
 ``clone``    the only clone of a function on both sides (``foo.part.0`` / ``foo.part.1``)
-``counter``  names with a ``__COUNTER__`` in them (``__UNIQUE_ID_…``) and equal contents
+``counter``  names with a ``__COUNTER__`` in them (``__UNIQUE_ID_…``) and equal contents; lists of type ids
+             (``__BTF_ID__…``) as a whole
 ``use``      numbered static locals that a twin with the same bytes uses at the same place
 ``only``     the only numbered static local of its name, used by a function of the same name
 ``order``    several of one name in one function, as many before as after, which the code uses in the
@@ -47,6 +48,8 @@ class Twins:
 
 _COUNTED = re.compile(r"^(?:__UNIQUE_ID_|__initcall__kmod_|__exitcall_|__setup_)")
 _DIGITS = re.compile(r"\d+")
+#: A row of a list of type ids (include/linux/btf_ids.h): kind and name of the type, and a ``__COUNTER__``.
+_TYPE_ID = re.compile(r"^(__BTF_ID__\w+__)\d+$")
 #: What :class:`~kmend.diff.unit.UnitObject` adds to the name of a second symbol of one name.
 _NTH = re.compile(r"#\d+$")
 
@@ -82,13 +85,15 @@ def match(old: UnitObject, new: UnitObject) -> Twins:
 
     for key, part in new.parts.items():
         old_key = key if key in old.parts else old.aliases.get(key)
-        if old_key is None or numbered(part) or _counter_in(part) or old_key in taken:
+        if old_key is None or numbered(part) or old_key in taken:
+            continue
+        if _counter_in(part) or _TYPE_ID.match(part.name):
             continue
         if old.parts[old_key].kind is part.kind:
             pair(key, old_key, Level.NAME)
     for new_key, old_key in _sole_clones(old, new, original, taken):
         pair(new_key, old_key, Level.CLONE)
-    for new_key, old_key in _counted(old, new, taken):
+    for new_key, old_key in (*_counted(old, new, taken), *_type_ids(old, new)):
         pair(new_key, old_key, Level.COUNTER)
     locals_ = _Locals(old, new, original)
     for new_key, (old_key, how) in locals_.match().items():
@@ -126,6 +131,23 @@ def _counted(old: UnitObject, new: UnitObject, taken: set[str]) -> Iterable[tupl
             keys = before.get(identity(new, part))
             if keys:
                 yield part.key, keys.pop(0)
+
+
+def _type_ids(old: UnitObject, new: UnitObject) -> Iterable[tuple[str, str]]:
+    """Rows of lists of type ids, as long as all lists are as they were.
+
+    The same type may stand in several lists, each of which code reads from its start: by name and number
+    alone a row could be taken for that of another list.
+    """
+
+    def rows(unit: UnitObject) -> list[tuple[str, str]]:
+        found = [p for p in unit.variables() if _TYPE_ID.match(p.name)]
+        found.sort(key=lambda p: (p.section, p.start))
+        return [(_TYPE_ID.sub(r"\1", p.name), p.key) for p in found]
+
+    before, after = rows(old), rows(new)
+    if [name for name, _ in before] == [name for name, _ in after]:
+        yield from ((b, a) for (_, a), (_, b) in zip(before, after, strict=True))
 
 
 class _Locals:
