@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import LivePatch
+from kmend.runtime import persistence
 from kmend.runtime.journal import Record
 from kmend.runtime.observe import Seen, observe
 from kmend.runtime.place import Place
@@ -57,8 +58,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return watch(place, args, context)
     seen = observe(place, context.config.state)
     chosen(seen, args.name)
-    context.emit(document(seen, args.name))
-    context.say("\n".join(lines(seen, args.name)))
+    from kmend.cli.install import boot_document, boot_text
+
+    boot = persistence.look(place, context.config.state, seen.kernel.release, seen.kernel.boot_id)
+    context.emit({**document(seen, args.name), "boot": boot_document(boot)})
+    context.say("\n".join((*lines(seen, args.name), *boot_text(boot))))
     return 0
 
 

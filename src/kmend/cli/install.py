@@ -1,0 +1,185 @@
+"""``kmend install``, ``uninstall``, ``healthy``: which patches are loaded when the machine boots."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+
+from kmend.cli.acting import tell
+from kmend.cli.context import Context
+from kmend.core.errors import UsageError
+from kmend.core.live import ActionReport
+from kmend.installer import Installer
+from kmend.manager import Following, Manager
+from kmend.runtime.persistence import Guard, Persistence, Store
+
+EPILOG = """\
+At boot the unit kmend-load.service runs `kmend load --all --boot`: it loads what is installed for the kernel
+that runs, in the order of installation. Before, it leaves a mark on the disk; kmend-healthy.timer takes it
+away five minutes later (`kmend healthy`). A boot that finds the mark of a former one leaves the patches off
+until somebody decides (`kmend load --all --retry`). The word kmend=off on the kernel's command line or the
+file /etc/kmend/off turn loading at boot off.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the three verbs."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    match parser.prog.split()[-1]:
+        case "install":
+            parser.add_argument(
+                "module", nargs="*", metavar="KO", help="livepatch module, with its build report beside it"
+            )
+            parser.add_argument(
+                "--list", action="store_true", help="show what is installed, for every kernel"
+            )
+        case "uninstall":
+            parser.add_argument("name", nargs="*", metavar="NAME", help="patch, as `install --list` shows it")
+            parser.add_argument(
+                "--kernel", metavar="RELEASE", help="the kernel that it is installed for (default: running)"
+            )
+            parser.add_argument("--all", action="store_true", help="all patches of that kernel")
+            parser.add_argument(
+                "--unload", action="store_true", help="then also take them back, as `kmend unload` does"
+            )
+        case _:
+            pass
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Exit status 0: it is as asked for, and on the disk; 1: refused, and nothing has changed."""
+    installer = Installer(context.config, context.progress)
+    match args.verb:
+        case "install":
+            return install(args, installer, context)
+        case "uninstall":
+            return uninstall(args, installer, context)
+        case _:
+            return tell("healthy", [installer.healthy()], context)
+
+
+def install(args: argparse.Namespace, installer: Installer, context: Context) -> int:
+    """Install, or list."""
+    if args.list == bool(args.module):
+        raise UsageError(
+            "--list and modules exclude each other" if args.list else "no module is named",
+            why="one of the two is needed",
+            next_step="kmend install --help",
+            rule="usage",
+        )
+    if not args.list:
+        return tell("install", installer.install(args.module), context)
+    stores = installer.stores()
+    context.emit(
+        {"schema": 1, "verb": "install", "result": "done", "stores": [store_document(row) for row in stores]}
+    )
+    context.say("\n".join(line for store in stores for line in store_text(store)) or "nothing is installed")
+    return 0
+
+
+def uninstall(args: argparse.Namespace, installer: Installer, context: Context) -> int:
+    """Take out of the store, and with ``--unload`` out of the kernel."""
+    if args.all == bool(args.name):
+        raise UsageError(
+            "--all and names exclude each other" if args.all else "no patch is named",
+            why="one of the two is needed",
+            next_step="kmend install --list",
+            rule="usage",
+        )
+    if args.unload and args.kernel is not None:
+        raise UsageError(
+            "--unload and --kernel exclude each other",
+            why="only the running kernel's patches are loaded",
+            next_step="leave --kernel out",
+            rule="usage",
+        )
+    names = [name.removesuffix(".ko") for name in args.name]
+    reports = list(installer.uninstall(names, args.kernel))
+    if args.unload:
+        machine = Manager(context.config, context.progress)
+        gone = {row.patch for row in reports}
+        reports += [machine.unload(name, Following()) for name in machine.loaded() if name in gone]
+    return tell("uninstall", reports, context)
+
+
+def load_all(args: argparse.Namespace, how: Following, context: Context) -> int:
+    """``kmend load --all``."""
+    installer = Installer(context.config, context.progress)
+    reports: Sequence[ActionReport] = installer.load_all(how, boot=args.boot, retry=args.retry)
+    status = tell("load", reports, context)
+    if not reports:
+        context.say("nothing is installed for the running kernel")
+    return status
+
+
+# -- how it is shown ---------------------------------------------------------------------------------
+
+
+def store_document(store: Store) -> dict[str, object]:
+    """A store."""
+    return {
+        "release": store.release,
+        "patches": [
+            {
+                "name": row.name,
+                "file": str(store.folder / row.file),
+                "sha256": row.sha256,
+                "report": str(store.folder / row.report) if row.report else None,
+                "build_id": row.build_id or None,
+                "replace": row.replace,
+                "superseded": row not in store.wanted,
+                "time": row.time,
+                "user": row.user,
+            }
+            for row in store.patches
+        ],
+    }
+
+
+def store_text(store: Store) -> Iterator[str]:
+    """A store in lines."""
+    yield f"installed for {store.release}:"
+    for at, row in enumerate(store.patches, 1):
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(row.time))
+        facts = ["cumulative"] if row.replace else []
+        if row not in store.wanted:
+            facts.append(f"not loaded: {store.wanted[0].name} replaces it")
+        yield f"  {at}. {row.name}, by {row.user} at {when}" + "".join(f", {fact}" for fact in facts)
+
+
+def boot_document(found: Persistence | None) -> dict[str, object] | None:
+    """How loading at boot stands, for ``status --json``; None for a kernel that no store can be for."""
+    if found is None:
+        return None
+    attempt = found.attempt
+    return {
+        **store_document(found.store),
+        "off": found.off or None,
+        "guard": found.guard.value,
+        "attempt": None
+        if attempt is None
+        else {"boot": attempt.boot, "time": attempt.time, "patches": list(attempt.patches)},
+        "trouble": None if found.trouble is None else found.trouble.what,
+    }
+
+
+def boot_text(found: Persistence | None) -> Iterator[str]:
+    """The same in lines; nothing where nothing is installed and nothing is amiss."""
+    if found is None:
+        return
+    if found.trouble is not None:
+        yield f"loaded at boot: nothing: {found.trouble.what} ({found.trouble.why})"
+    if found.store.patches:
+        yield f"loaded at boot: {', '.join(row.name for row in found.store.wanted)}"
+        if found.off:
+            yield f"  switched off by {found.off}"
+        match found.guard:
+            case Guard.TRIPPED:
+                yield "  LEFT OFF: a former boot that loaded them was never found to be healthy"
+                yield "  next: kmend log; kmend uninstall what is to blame; then kmend load --all --retry"
+            case Guard.WATCHING:
+                yield "  this boot is not known to be healthy yet (kmend healthy, by timer or by hand)"
+            case Guard.CLEAR:
+                pass

@@ -1,0 +1,591 @@
+"""Persistence: put modules into the store of their kernel, take them out, load what is installed at boot.
+
+    install    file -> checks -> store (one commit)             nothing happens to the running kernel
+    load --all store -> switches -> guard -> mark -> each patch as `kmend load` does it
+    healthy    the mark is taken away: the next boot loads again
+
+Joins the store (:mod:`kmend.runtime.persistence`) with what is known of modules and with the manager.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmend.core.config import Config
+from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable, UsageError
+from kmend.core.live import ActionReport, Check, KernelState, LivePatch, Phase, Result
+from kmend.core.progress import Progress
+from kmend.core.run import run
+from kmend.manager import Following, Manager, read_module_file
+from kmend.runtime import act, journal, persistence, preflight
+from kmend.runtime.journal import Journal
+from kmend.runtime.kernel_state import read_kernel
+from kmend.runtime.observe import observe
+from kmend.runtime.patches import read_module, read_patches
+from kmend.runtime.persistence import OFF_FILE, Guard, Installed, Persistence, Store
+from kmend.runtime.place import Place
+from kmend.runtime.preflight import ModuleFile, Wanted
+
+if TYPE_CHECKING:
+    from kmend.view import TargetView
+
+#: The unit that loads at boot; the Debian package brings it.
+UNIT = "kmend-load.service"
+#: Where systemd looks for units (systemd.unit(5)), as far as packages and administrators put them there.
+UNIT_FOLDERS = tuple(Path(name) for name in ("/etc/systemd/system", "/usr/lib/systemd/system"))
+#: Checks of `kmend load` that hold for every boot; the others are about this very moment.
+LASTING = ("release", "build id", "signature", "functions")
+#: Where the modules of installed kernels lie.
+KERNELS = Path("/lib/modules")
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A module that may be installed: its file's contents, what they say, the report beside it."""
+
+    path: str
+    data: bytes
+    module: ModuleFile
+    report: bytes
+    checks: tuple[Check, ...]
+    warnings: tuple[Refusal, ...]
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        return tuple(row.refusal for row in self.checks if row.refusal is not None)
+
+
+class Installer:
+    """Persistence on one machine. ``manager`` loads; ``off_file`` and ``unit_folders`` are for tests."""
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        *,
+        place: Place | None = None,
+        manager: Manager | None = None,
+        off_file: Path = OFF_FILE,
+        unit_folders: Sequence[Path] = UNIT_FOLDERS,
+    ) -> None:
+        self.config, self.progress = config, progress
+        self.place = place or Place()
+        self.manager = manager or Manager(config, progress, place=self.place)
+        self.off_file, self.unit_folders = off_file, tuple(unit_folders)
+
+    # -- what there is -------------------------------------------------------------------------------
+
+    def look(self, release: str | None = None) -> Persistence | None:
+        """How loading at boot stands for a release (default: the running one)."""
+        kernel = read_kernel(self.place)
+        return persistence.look(
+            self.place,
+            self.config.state,
+            release or kernel.release,
+            kernel.boot_id,
+            off_file=self.off_file,
+        )
+
+    def stores(self) -> tuple[Store, ...]:
+        """Everything that is installed.
+
+        Raises:
+            Failed, Refused: a store cannot be read.
+        """
+        found = persistence.releases(self.config.state)
+        stores = (persistence.read(self.config.state, release) for release in found)
+        return tuple(store for store in stores if store.patches)
+
+    # -- install -------------------------------------------------------------------------------------
+
+    def install(self, paths: Sequence[str]) -> tuple[ActionReport, ...]:
+        """Put modules into the stores of the releases that they were built for: all of them, or none.
+
+        Raises:
+            UsageError, Failed: a file cannot be read or is no livepatch module; the store cannot be written.
+            Refused: another kmend acts; a store is damaged.
+        """
+        kernel = read_kernel(self.place)
+        candidates = [self._candidate(path, kernel) for path in paths]
+        _distinct(candidates)
+        if any(row.refusals for row in candidates):
+            return tuple(_not_installed(row, candidates) for row in candidates)
+        unit = self._enable_unit()
+        by = journal.who(self.place, " ".join(sys.argv[:8]))
+        reports = []
+        with journal.acting(self.place, "install"):
+            for release in dict.fromkeys(row.module.release for row in candidates):
+                mine = [row for row in candidates if row.module.release == release]
+                store = persistence.read(self.config.state, persistence.release_of(release))
+                steps = {row.module.name: _step(store, row) for row in mine}
+                rows = [(_row(row, by.login or by.user), row.data, row.report) for row in mine]
+                new = persistence.add(store, rows)
+                names = [row.module.name for row in mine]
+                self._wrote("install", names, f"for {release}", kernel, steps)
+                warnings = [*unit, *self._guard_warnings(new, kernel)]
+                reports += [_installed(row, new, steps[row.module.name], warnings, kernel) for row in mine]
+        return tuple(reports)
+
+    def _candidate(self, path: str, kernel: KernelState) -> _Candidate:
+        """Read a file and hold it against every check that there is for its kernel.
+
+        Raises:
+            UsageError, Failed: it cannot be read, is no livepatch module, or was built for no release.
+        """
+        self.progress.step(f"checking {path}")
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise Failed(
+                f"{path} cannot be read",
+                why=error.strerror or str(error),
+                next_step="name a livepatch module (.ko)",
+                rule="unreadable",
+            ) from error
+        from kmend.kernel.prepared import open_target
+        from kmend.view import TargetView
+
+        view: TargetView | None = None
+        problem = ""
+        plain = read_module_file(data, path, None)
+        release = persistence.release_of(plain.release)
+        if not persistence.is_name(plain.name):
+            raise UsageError(
+                f"{path} names itself {plain.name!r}",
+                why="that is no name of a module",
+                next_step="build it again, with a name of letters, digits and underscores (-n)",
+                rule="module-name",
+            )
+        running = release == kernel.release
+        build_id = kernel.build_id if running else plain.build_id
+        try:
+            target = open_target(self.config, release)
+            if not build_id or target.build_id == build_id:
+                view = TargetView(self.config, target)
+            else:
+                problem = f"the target {release} in the cache is another build than the module's kernel"
+        except KmendError as error:
+            problem = error.what
+        module = plain if view is None else _described(plain, data, view)
+        checks: list[Check] = []
+        warnings: list[Refusal] = []
+        if running:
+            seen = observe(self.place, self.config.state)
+            checks += [row for row in preflight.look(self.place, module, seen) if row.name in LASTING]
+        elif not (KERNELS / release).is_dir():
+            warnings.append(
+                Refusal(
+                    "kernel-absent",
+                    f"{release} is not installed on this machine",
+                    f"there is no {KERNELS / release}; {kernel.release} is running",
+                    "nothing, if that kernel is still to come; the patch waits for it",
+                )
+            )
+        if view is None:
+            checks.append(Check("rules of kmend check", None, problem))
+        else:
+            checked = view.check(data, path)
+            rows = [Check("rules of kmend check", False, row.what, row) for row in checked.refusals]
+            number = sum(checked.checked.values())
+            text = f"{number} things looked at, no objection"
+            checks += rows or [Check("rules of kmend check", True, text)]
+        return _Candidate(
+            path, data, module, _report_beside(path, module.sha256), tuple(checks), tuple(warnings)
+        )
+
+    def _enable_unit(self) -> list[Refusal]:
+        """Have systemd start the unit at boot. Comes first: without patches the unit does nothing."""
+        if not any((folder / UNIT).exists() for folder in self.unit_folders):
+            return [
+                Refusal(
+                    "no-boot-unit",
+                    "nothing on this machine loads the patches at boot",
+                    f"the unit {UNIT} is not installed; kmend's Debian package brings it",
+                    "install the package (make deb), or run `kmend load --all --boot` from your boot scripts "
+                    "and `kmend healthy` some minutes later",
+                )
+            ]
+        why = "there is no systemctl"
+        if shutil.which("systemctl"):
+            done = run(["systemctl", "enable", UNIT], check=False, timeout=60)
+            if done.status == 0:
+                return []
+            why = done.errors.strip() or f"systemctl ended with status {done.status}"
+        return [
+            Refusal(
+                "unit-not-enabled",
+                f"{UNIT} could not be enabled: the patches will not be loaded at boot",
+                why,
+                f"systemctl enable {UNIT}",
+            )
+        ]
+
+    def _guard_warnings(self, store: Store, kernel: KernelState) -> list[Refusal]:
+        found = self.look(store.release)
+        if found is None or kernel.release != store.release:
+            return []
+        rows = []
+        if found.guard is Guard.TRIPPED:
+            rows.append(_tripped(found))
+        if found.off:
+            rows.append(_off(found.off))
+        return rows
+
+    # -- uninstall -----------------------------------------------------------------------------------
+
+    def uninstall(self, names: Sequence[str], release: str | None = None) -> tuple[ActionReport, ...]:
+        """Take patches out of a release's store (no names: all of them). What is loaded stays loaded.
+
+        Raises:
+            UsageError: one is not installed (rule ``not-installed``); then none is taken out.
+            Failed: the store cannot be written. Refused: another kmend acts; the store is damaged.
+        """
+        kernel = read_kernel(self.place)
+        chosen = persistence.release_of(release or kernel.release)
+        with journal.acting(self.place, "uninstall"):
+            store = persistence.read(self.config.state, chosen)
+            gone = list(dict.fromkeys(names)) or [row.name for row in store.patches]
+            unknown = [name for name in gone if store.named(name) is None]
+            if unknown:
+                there = ", ".join(row.name for row in store.patches) or "none at all"
+                raise UsageError(
+                    f"{unknown[0]} is not installed for {chosen}",
+                    why=f"installed for it: {there}",
+                    next_step="kmend install --list",
+                    rule="not-installed",
+                )
+            persistence.drop(store, gone)
+            self._wrote("uninstall", gone, f"for {chosen}", kernel, {})
+        here = {row.name for row in read_patches(self.place)} if chosen == kernel.release else set()
+        return tuple(
+            ActionReport(
+                "uninstall",
+                name,
+                Result.DONE,
+                f"{name} is not loaded any more when {chosen} boots",
+                next_step=f"it is still loaded; kmend unload {name} takes it back" if name in here else "",
+            )
+            for name in gone
+        )
+
+    # -- boot ----------------------------------------------------------------------------------------
+
+    def load_all(
+        self, following: Following, *, boot: bool = False, retry: bool = False
+    ) -> tuple[ActionReport, ...]:
+        """Load everything that is installed for the running release, up to the first that does not succeed.
+
+        ``boot``: this is what the machine does by itself when it starts, so a mark is made before and stays
+        until the boot is known to be healthy. ``retry``: also if a former boot never got healthy.
+
+        Raises:
+            Refused: loading is switched off (``switched-off``), a former boot never got healthy
+                (``crash-guard``), the store is damaged or not safe. Unable: not root.
+            Failed: the mark cannot be written: then nothing is loaded.
+        """
+        act.require_power(self.place, "load")
+        kernel = read_kernel(self.place)
+        found = self.look()
+        if found is None or (found.trouble is None and not found.store.patches):
+            return ()
+        try:
+            self._require_allowed(found, kernel, retry=retry)
+        except KmendError as error:
+            self._wrote("load", ["--all"], "", kernel, {}, error)
+            raise
+        there = self._in_force(kernel)
+        rows = found.store.wanted
+        missing = [row for row in rows if not _is_there(row, there)]
+        if boot and missing and found.guard is Guard.CLEAR:
+            with journal.acting(self.place, "load --all"):
+                persistence.arm(found.store, kernel.boot_id, kernel.taint or 0)
+        reports = [_superseded(row, rows[0]) for row in found.store.patches if row not in rows]
+        for row in rows:
+            if row in missing:
+                reports.append(self._load(found.store, row, following))
+            else:
+                reports.append(ActionReport("load", row.name, Result.DONE, f"{row.name} is in force already"))
+            if reports[-1].result not in (Result.DONE, Result.PENDING):
+                break
+        else:
+            if found.guard is Guard.TRIPPED:
+                # only now: loading itself may be what ended the former boot
+                persistence.disarm(self.config.state, found.release)
+                self._wrote("load", ["--all"], "loaded again after a boot that never got healthy", kernel, {})
+        left = rows[len(reports) - (len(found.store.patches) - len(rows)) :]
+        if left:
+            names = ", ".join(row.name for row in left)
+            reports[-1] = replace(
+                reports[-1],
+                next_step=(reports[-1].next_step + "; " if reports[-1].next_step else "")
+                + f"not loaded because they come after it: {names}",
+            )
+        return tuple(reports)
+
+    def _require_allowed(self, found: Persistence, kernel: KernelState, *, retry: bool) -> None:
+        if found.off:
+            raise Refused([_off(found.off)])
+        if found.trouble is not None:
+            raise Refused([found.trouble])
+        if found.guard is Guard.TRIPPED and not retry:
+            raise Refused([_tripped(found, self._last_words(found))])
+        persistence.require_safe(found.store)
+        if not kernel.boot_id:
+            raise Unable(
+                "this boot cannot be told from others",
+                why=f"{self.place.proc}/sys/kernel/random/boot_id cannot be read",
+                next_step="mount /proc",
+                rule="no-proc",
+            )
+
+    def _load(self, store: Store, row: Installed, following: Following) -> ActionReport:
+        try:
+            data = persistence.contents(store, row)
+            path = str(store.folder / row.file)
+            wanted = [
+                name
+                for name in read_module_file(data, path, None).depends
+                if read_module(self.place, name) is None
+            ]
+            if wanted:
+                # early in boot nobody else has asked for them yet; what comes of it, the checks will see
+                run(["modprobe", "-a", *wanted], check=False, timeout=60)
+            return self.manager.load(path, following)
+        except KmendError as error:
+            return ActionReport("load", row.name, Result.REFUSED, error.what, refused=error.reasons)
+
+    def _in_force(self, kernel: KernelState) -> dict[str, str]:
+        """The patches that are in force, with the digest of the file that kmend loaded ('' unknown)."""
+        try:
+            records = Journal(self.config.state, kernel.boot_id).records()
+        except KmendError:
+            records = ()
+        loads = journal.loads(records, kernel.boot_id)
+        return {
+            patch.name: str(loads[patch.name].detail.get("sha256", "")) if patch.name in loads else ""
+            for patch in read_patches(self.place)
+            if _settled(patch)
+        }
+
+    def _last_words(self, found: Persistence) -> str:
+        """How far the boot came that never got healthy, as kmend's journal has it."""
+        assert found.attempt is not None
+        try:
+            records = Journal(self.config.state, "").records()
+        except KmendError:
+            return ""
+        mine = [row for row in records if row.boot == found.attempt.boot]
+        dangling = journal.unfinished(mine, found.attempt.boot)
+        if dangling:
+            return f"its last known action, `kmend {dangling[-1].verb} {dangling[-1].patch}`, did not end"
+        ended = [row.patch for row in mine if row.event == "end" and row.verb == "load"]
+        return f"it had loaded {', '.join(ended)}" if ended else ""
+
+    def healthy(self) -> ActionReport:
+        """This boot is well: the next one may load again.
+
+        Raises:
+            Failed: the mark cannot be removed. Refused: another kmend acts now.
+        """
+        kernel = read_kernel(self.place)
+        found = self.look()
+        if found is not None and found.trouble is not None:
+            raise Refused([found.trouble])
+        if found is None or found.attempt is None:
+            return ActionReport("healthy", "", Result.DONE, "no patch waits for this boot to be healthy")
+        if found.guard is Guard.TRIPPED:
+            row = _tripped(found)
+            return ActionReport(
+                "healthy", "", Result.DONE, f"nothing changes: {row.what}", next_step=row.next_step
+            )
+        fatal = (kernel.taint or 0) & ~found.attempt.taint & persistence.DEADLY_TAINT
+        if fatal:
+            refusal = Refusal(
+                "boot-unhealthy",
+                "the kernel has oopsed or locked up since the patches were loaded at boot",
+                "the next boot leaves them off unless somebody has looked at it",
+                "look at `kmend log` and dmesg; then kmend uninstall, or after the next boot "
+                "kmend load --all --retry",
+            )
+            self._wrote("healthy", found.attempt.patches, refusal.what, kernel, {}, Refused([refusal]))
+            return ActionReport("healthy", "", Result.REFUSED, refusal.what, refused=(refusal,))
+        with journal.acting(self.place, "healthy"):
+            persistence.disarm(self.config.state, found.release)
+            minutes = max(0.0, time.time() - found.attempt.time) / 60
+            text = f"this boot is healthy, {minutes:.0f} minutes after its patches were loaded"
+            self._wrote("healthy", found.attempt.patches, text, kernel, {})
+        return ActionReport("healthy", "", Result.DONE, text)
+
+    def _wrote(
+        self,
+        verb: str,
+        names: Sequence[str],
+        text: str,
+        kernel: KernelState,
+        steps: dict[str, str],
+        error: KmendError | None = None,
+    ) -> None:
+        """Lines in the journal about what is done already, or was refused."""
+        book = Journal(self.config.state, kernel.boot_id)
+        by = journal.who(self.place, " ".join(sys.argv[:8]))
+        for name in names:
+            words = error.what if error is not None else ", ".join(filter(None, (text, steps.get(name, ""))))
+            action = book.begin(verb, name, by, words, {})
+            action.end("done" if error is None else "refused", words)
+
+
+# -- words -------------------------------------------------------------------------------------------
+
+
+def _settled(patch: LivePatch) -> bool:
+    return patch.phase in (Phase.ENABLED, Phase.PATCHING)
+
+
+def _is_there(row: Installed, there: dict[str, str]) -> bool:
+    """Whether this very file is in force. Of a patch that was loaded by hand nobody knows; the name tells."""
+    return row.name in there and there[row.name] in ("", row.sha256)
+
+
+def _described(module: ModuleFile, data: bytes, view: TargetView) -> ModuleFile:
+    """What the module's descriptors say, read with the layout of the target's own structures."""
+    from kmend.elf.reader import read
+    from kmend.module.describe import describe
+
+    found = describe(read(data, module.path), view.layout, module.path)
+    if found.objects is None:
+        return module
+    wanted = tuple(Wanted(o.name, f.old_name, f.sympos) for o in found.objects for f in o.funcs)
+    return replace(module, wanted=wanted, replace=found.replace)
+
+
+def _report_beside(path: str, sha256: str) -> bytes:
+    """The build report beside the module, if it is the report of this very file; else nothing."""
+    try:
+        data = Path(path).with_suffix(".json").read_bytes()
+        return data if json.loads(data)["sha256"] == sha256 else b""
+    except (OSError, ValueError, KeyError, TypeError):
+        return b""
+
+
+def _distinct(candidates: Sequence[_Candidate]) -> None:
+    """Refuse two files for one place in a store.
+
+    Raises:
+        UsageError: rule ``same-name``.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    for row in candidates:
+        key = (row.module.release, row.module.name)
+        if key in seen:
+            raise UsageError(
+                f"{seen[key]} and {row.path} are both {row.module.name} for {row.module.release}",
+                why="the kernel loads one module of a name",
+                next_step="install one of them, or build one with another name (-n)",
+                rule="same-name",
+            )
+        seen[key] = row.path
+
+
+def _row(candidate: _Candidate, user: str) -> Installed:
+    module = candidate.module
+    stem = f"{module.name}.{module.sha256[:16]}"
+    return Installed(
+        name=module.name,
+        file=f"{stem}.ko",
+        sha256=module.sha256,
+        report=f"{stem}.json" if candidate.report else "",
+        build_id=module.build_id,
+        replace=module.replace,
+        time=round(time.time(), 3),
+        user=user,
+    )
+
+
+def _step(store: Store, candidate: _Candidate) -> str:
+    former = store.named(candidate.module.name)
+    if former is None:
+        return "new in the store"
+    if former.sha256 == candidate.module.sha256:
+        return "it was installed already"
+    return f"takes the place of another {former.name} ({former.sha256[:12]}…)"
+
+
+def _installed(
+    row: _Candidate, store: Store, step: str, warnings: Sequence[Refusal], kernel: KernelState
+) -> ActionReport:
+    name, place = row.module.name, store.patches
+    steps = [step]
+    over = [one.name for one in place if one not in store.wanted]
+    if name in over:
+        steps.append(f"{store.wanted[0].name} is cumulative and comes later: this one is not loaded")
+    elif row.module.replace and over:
+        steps.append(f"it is cumulative: not loaded any more: {', '.join(over)}")
+    running = store.release == kernel.release
+    return ActionReport(
+        "install",
+        name,
+        Result.DONE,
+        f"{name} is installed for {store.release}, number {[one.name for one in place].index(name) + 1} "
+        f"of {len(place)}",
+        next_step="it is loaded at the next boot; `kmend load --all` loads it now" if running else "",
+        checks=row.checks,
+        steps=tuple(steps),
+        warnings=(*row.warnings, *warnings),
+    )
+
+
+def _not_installed(row: _Candidate, all_rows: Sequence[_Candidate]) -> ActionReport:
+    others = [one.module.name for one in all_rows if one.refusals and one is not row]
+    why = f"{row.module.name} was not installed" + (
+        "" if row.refusals else f", because {', '.join(others)} was refused"
+    )
+    return ActionReport(
+        "install", row.module.name, Result.REFUSED, why, checks=row.checks, refused=row.refusals
+    )
+
+
+def _superseded(row: Installed, by: Installed) -> ActionReport:
+    return ActionReport(
+        "load",
+        row.name,
+        Result.DONE,
+        f"{row.name} is not loaded: {by.name}, which comes later, is cumulative",
+    )
+
+
+def _off(by: str) -> Refusal:
+    return Refusal(
+        "switched-off",
+        "loading the installed patches is switched off",
+        f"by {by}",
+        f"rm {OFF_FILE}"
+        if by.startswith("the file")
+        else "boot without it, or load by name: kmend load FILE",
+    )
+
+
+def _tripped(found: Persistence, words: str = "") -> Refusal:
+    attempt = found.attempt
+    if attempt is None or not attempt.boot:
+        why = (
+            f"{found.store.folder / persistence.ATTEMPT} is damaged, so the last boot is not known to be well"
+        )
+    else:
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(attempt.time))
+        why = (
+            f"the boot of {when} loaded {', '.join(attempt.patches)} and was never found to be healthy: it "
+            "crashed, or ended too early" + (f"; {words}" if words else "")
+        )
+    return Refusal(
+        "crash-guard",
+        f"the installed patches of {found.release} stay off",
+        why,
+        "kmend uninstall what is to blame; then kmend load --all --retry",
+    )

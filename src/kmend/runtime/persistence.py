@@ -1,0 +1,442 @@
+"""What is loaded again at boot: a store for each release, the guard against crash loops, the off switches.
+
+    STATE/RELEASE/index.json               the patches in their order; replacing it is what commits a change
+    STATE/RELEASE/NAME.DIGEST.ko, .json    a module and its build report, named by the module's contents
+    STATE/RELEASE/attempt.json             a boot has begun to load them and is not known to be healthy yet
+
+Files are written beside, synced and renamed, and the folder is synced before and after the index is replaced.
+So whatever a power cut leaves, the index is the old one or the new one, and each file that it names is there,
+whole. What an unfinished change has left beside is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+
+from kmend.core.errors import Failed, Refusal, Refused, UsageError
+from kmend.core.files import write_atomically
+from kmend.core.target import MAX_MODULE_NAME, Release
+from kmend.runtime.place import Place, optional
+
+SCHEMA = 1
+INDEX = "index.json"
+ATTEMPT = "attempt.json"
+#: A file that turns loading at boot off while it is there.
+OFF_FILE = Path("/etc/kmend/off")
+#: The word on the kernel's command line that does so for one boot.
+OFF_WORD = "kmend=off"
+#: ``uname -r`` begins with the version, so no release is called like another file in STATE.
+_RELEASE = re.compile(r"[0-9][0-9A-Za-z.+~_-]{0,63}\Z")
+_NAME = re.compile(rf"[0-9A-Za-z_]{{1,{MAX_MODULE_NAME}}}\Z")
+_FILE = re.compile(r"[0-9A-Za-z_]+\.[0-9a-f]{16}\.(ko|json)\Z")
+#: What `write_atomically` leaves when the power goes between link(2) and rename(2).
+_TORN = re.compile(r"\..+\.tmp\Z")
+#: Bits of the taint value: the kernel has oopsed (TAINT_DIE), locked up (TAINT_SOFTLOCKUP); kernel/panic.c.
+DEADLY_TAINT = 1 << 7 | 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A row of the index. ``file`` and ``report`` ('' for none) lie beside it.
+
+    ``replace`` is None where nobody could tell whether the patch is cumulative; ``time`` is seconds since the
+    epoch. ``build_id`` is the kernel's ('' when the module does not tell).
+    """
+
+    name: str
+    file: str
+    sha256: str
+    report: str
+    build_id: str
+    replace: bool | None
+    time: float
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What is installed for one release, in the order of loading."""
+
+    release: Release
+    folder: Path
+    patches: tuple[Installed, ...]
+
+    def named(self, name: str) -> Installed | None:
+        """The row of that name."""
+        return next((row for row in self.patches if row.name == name), None)
+
+    @property
+    def wanted(self) -> tuple[Installed, ...]:
+        """What has to be loaded: from the last cumulative patch on, which would replace those before it."""
+        last = max((at for at, row in enumerate(self.patches) if row.replace), default=0)
+        return self.patches[last:]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A boot has begun to load patches. ``taint`` is that before; ``boot`` is '' in a damaged mark."""
+
+    boot: str
+    time: float
+    taint: int
+    patches: tuple[str, ...]
+
+
+class Guard(Enum):
+    """What the mark of an attempt says to the present boot.
+
+    ``WATCHING``: it is this boot's, which is not known to be healthy yet. ``TRIPPED``: a former boot loaded
+    the patches and never got healthy.
+    """
+
+    CLEAR = "clear"
+    WATCHING = "watching"
+    TRIPPED = "tripped"
+
+
+@dataclass(frozen=True, slots=True)
+class Persistence:
+    """Everything about loading at boot for one release. ``off`` says by what it is switched off, '' if not.
+
+    ``trouble`` is what is wrong with the store, when it cannot be read.
+    """
+
+    release: Release
+    store: Store
+    guard: Guard
+    attempt: Attempt | None
+    off: str
+    trouble: Refusal | None = None
+
+
+def look(
+    place: Place, state: Path, release: str, boot: str, *, off_file: Path = OFF_FILE
+) -> Persistence | None:
+    """How loading at boot stands for one release; None for a release that no store can have.
+
+    Never raises for a damaged store: that is part of the answer.
+    """
+    if not _RELEASE.match(release):
+        return None
+    chosen = Release(release)
+    off = switched_off(place, off_file)
+    try:
+        store = read(state, chosen)
+        found = read_attempt(state, chosen)
+    except (Failed, Refused) as error:
+        empty = Store(chosen, state / release, ())
+        return Persistence(chosen, empty, Guard.CLEAR, None, off, error.reasons[0])
+    guard = Guard.CLEAR if found is None else Guard.WATCHING if found.boot == boot else Guard.TRIPPED
+    return Persistence(chosen, store, guard, found, off)
+
+
+def switched_off(place: Place, off_file: Path = OFF_FILE) -> str:
+    """By what loading at boot is switched off; '' when it is not."""
+    if OFF_WORD in (optional(place.proc / "cmdline") or "").split():
+        return f"{OFF_WORD} on the kernel's command line"
+    try:
+        off_file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError:
+        pass  # it cannot be looked at: the careful answer
+    return f"the file {off_file}"
+
+
+def release_of(release: str) -> Release:
+    """A release that may have a store.
+
+    Raises:
+        UsageError: (rule ``bad-release``) it is no kernel release.
+    """
+    if not _RELEASE.match(release):
+        raise UsageError(
+            f"{release!r} is no kernel release",
+            why="a release begins with the kernel's version, as uname -r prints it",
+            next_step="`uname -r`, or `modinfo -F vermagic FILE`",
+            rule="bad-release",
+        )
+    return Release(release)
+
+
+def is_name(name: str) -> bool:
+    """Whether it is a module's name (and so fit to be part of a file's)."""
+    return _NAME.match(name) is not None
+
+
+def releases(state: Path) -> tuple[Release, ...]:
+    """The releases that have a store.
+
+    Raises:
+        Failed: (rule ``unreadable``) the state folder cannot be listed.
+    """
+    try:
+        names = sorted(path.parent.name for path in state.glob(f"*/{INDEX}"))
+    except OSError as error:
+        raise _unreadable(state, error) from error
+    return tuple(Release(name) for name in names if _RELEASE.match(name))
+
+
+def read(state: Path, release: Release) -> Store:
+    """The store of a release; empty when there is none.
+
+    Raises:
+        Failed: (rule ``unreadable``) this user may not read it.
+        Refused: (rule ``store-damaged``) it is not as kmend wrote it.
+    """
+    folder = state / release
+    path = folder / INDEX
+    data = _read(path)
+    if data is None:
+        return Store(release, folder, ())
+    try:
+        document = json.loads(data)
+        if document["schema"] != SCHEMA:
+            raise _damaged(path, f"its schema is {document['schema']!r}, and this kmend knows {SCHEMA}")
+        if document["release"] != release:
+            raise _damaged(path, f"it is that of {document['release']!r}")
+        rows = tuple(_row(entry) for entry in document["patches"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"it cannot be understood: {error}") from error
+    if len({row.name for row in rows}) != len(rows):
+        raise _damaged(path, "it names a patch twice")
+    return Store(release, folder, rows)
+
+
+def _row(entry: Mapping[str, object]) -> Installed:
+    replace, when = entry["replace"], entry["time"]
+    if not (replace is None or isinstance(replace, bool)) or not isinstance(when, int | float):
+        raise ValueError("a field has the wrong type")
+    row = Installed(
+        name=str(entry["name"]),
+        file=str(entry["file"]),
+        sha256=str(entry["sha256"]),
+        report=str(entry["report"]),
+        build_id=str(entry["build_id"]),
+        replace=replace,
+        time=float(when),
+        user=str(entry["user"]),
+    )
+    if not _NAME.match(row.name) or not _FILE.match(row.file) or (row.report and not _FILE.match(row.report)):
+        raise ValueError(f"{row.file!r} is no name of a file in a store")
+    return row
+
+
+def contents(store: Store, row: Installed) -> bytes:
+    """The module's bytes, which must be those that were installed.
+
+    Raises:
+        Failed: (rule ``unreadable``). Refused: (rule ``store-damaged``) it is missing or other.
+    """
+    path = store.folder / row.file
+    data = _read(path)
+    if data is None:
+        raise _damaged(path, "it is not there")
+    if hashlib.sha256(data).hexdigest() != row.sha256:
+        raise _damaged(path, "it is not the file that was installed: its digest is another one")
+    return data
+
+
+def require_safe(store: Store) -> None:
+    """Refuse a store in which somebody else than root could have put something.
+
+    Raises:
+        Refused: (rule ``unsafe-store``).
+    """
+    for path in (store.folder.parent, store.folder, *(store.folder / row.file for row in store.patches)):
+        try:
+            found = path.stat()
+        except OSError:
+            continue  # what is missing is found missing when it is read
+        if found.st_uid not in (0, os.geteuid()) or stat.S_IMODE(found.st_mode) & 0o022:
+            raise Refused(
+                [
+                    Refusal(
+                        "unsafe-store",
+                        f"{path} may be written by others than root",
+                        "whoever writes there decides what runs in the kernel",
+                        f"look at what is there, then: chown root: {path}; chmod go-w {path}",
+                    )
+                ]
+            )
+
+
+def add(store: Store, rows: Sequence[tuple[Installed, bytes, bytes]]) -> Store:
+    """Put modules with their build reports (empty for none) into the store.
+
+    One of the same name is replaced in its place. All of them are in it afterwards, or none.
+    The caller holds the lock of whoever acts.
+
+    Raises:
+        Failed: (rule ``unwritable``) the store is as it was.
+    """
+    with _writing(store.folder):
+        _make(store.folder)
+        for row, module, report in rows:
+            write_atomically(store.folder / row.file, module)
+            if row.report:
+                write_atomically(store.folder / row.report, report)
+        _sync(store.folder)
+        changed = {row.name: row for row, _, _ in rows}
+        known = {row.name for row in store.patches}
+        kept = tuple(changed.get(row.name, row) for row in store.patches)
+        return _commit(store, (*kept, *(row for name, row in changed.items() if name not in known)))
+
+
+def drop(store: Store, names: Sequence[str]) -> Store:
+    """Take patches out of the store. The caller holds the lock of whoever acts.
+
+    Raises:
+        Failed: (rule ``unwritable``) the store is as it was.
+    """
+    with _writing(store.folder):
+        return _commit(store, tuple(row for row in store.patches if row.name not in names))
+
+
+def _commit(store: Store, rows: tuple[Installed, ...]) -> Store:
+    document = {"schema": SCHEMA, "release": store.release, "patches": [asdict(row) for row in rows]}
+    write_atomically(store.folder / INDEX, json.dumps(document, indent=1).encode() + b"\n")
+    _sync(store.folder)
+    new = Store(store.release, store.folder, rows)
+    _sweep(new)
+    return new
+
+
+def _sweep(store: Store) -> None:
+    """Remove what the index does not name: former modules, and the leavings of unfinished changes.
+
+    Without patches there is nothing that a former boot's mark could keep from being loaded.
+    """
+    named = {row.file for row in store.patches} | {row.report for row in store.patches}
+    with contextlib.suppress(OSError):
+        for path in list(store.folder.iterdir()):
+            unnamed = _FILE.match(path.name) and path.name not in named
+            if unnamed or _TORN.match(path.name) or (path.name == ATTEMPT and not store.patches):
+                path.unlink()
+
+
+# -- the guard ---------------------------------------------------------------------------------------
+
+
+def read_attempt(state: Path, release: Release) -> Attempt | None:
+    """The mark of a boot that began to load; a damaged one counts as that of a former boot.
+
+    Raises:
+        Failed: (rule ``unreadable``) this user may not read it.
+    """
+    data = _read(state / release / ATTEMPT)
+    if data is None:
+        return None
+    try:
+        document = json.loads(data)
+        return Attempt(
+            boot=str(document["boot"]),
+            time=float(document["time"]),
+            taint=int(document["taint"]),
+            patches=tuple(str(name) for name in document["patches"]),
+        )
+    except (ValueError, KeyError, TypeError):
+        return Attempt("", 0.0, 0, ())
+
+
+def arm(store: Store, boot: str, taint: int) -> Attempt:
+    """Mark that this boot is about to load the store's patches; on the disk when this returns.
+
+    Raises:
+        Failed: (rule ``unwritable``) the mark cannot be made: then nothing may be loaded either.
+    """
+    attempt = Attempt(boot, round(time.time(), 3), taint, tuple(row.name for row in store.wanted))
+    with _writing(store.folder):
+        write_atomically(store.folder / ATTEMPT, json.dumps(asdict(attempt)).encode() + b"\n")
+        _sync(store.folder)
+    return attempt
+
+
+def disarm(state: Path, release: Release) -> None:
+    """Take the mark away; gone from the disk when this returns.
+
+    Raises:
+        Failed: (rule ``unwritable``) it cannot be removed.
+    """
+    folder = state / release
+    with _writing(folder):
+        (folder / ATTEMPT).unlink(missing_ok=True)
+        if folder.is_dir():
+            _sync(folder)
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def _make(folder: Path) -> None:
+    """Make the folder; a new name lasts once the folder that holds it is synced.
+
+    The state folder may just have been made by who did not sync: what is above it is synced as well.
+    """
+    folder.mkdir(0o755, parents=True, exist_ok=True)
+    for path in (folder.parent, folder.parent.parent):
+        _sync(path)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> Failed:
+    return Failed(
+        f"{path} cannot be read",
+        why=error.strerror or str(error),
+        next_step="run kmend as root; if it is root already, look at the disk",
+        rule="unreadable",
+    )
+
+
+def _damaged(path: Path, why: str) -> Refused:
+    return Refused(
+        [
+            Refusal(
+                "store-damaged",
+                f"{path} is damaged: nothing of this store is loaded",
+                why,
+                f"move {path.parent} away and install the patches again",
+            )
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into our error, with the advice that fits."""
+    try:
+        yield
+    except (OSError, Failed) as error:
+        why = error.why if isinstance(error, Failed) else error.strerror or str(error)
+        raise Failed(
+            f"{folder} cannot be written",
+            why=why,
+            next_step="run kmend as root, mount the file system read-write, or free space",
+            rule="unwritable",
+        ) from error
