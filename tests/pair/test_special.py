@@ -5,10 +5,14 @@ docs/special-sections.md has them all in one table; tests/lab/test_kinds.py runs
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from conftest import Pair
+from kmend.diff import select as selecting
 from kmend.diff.select import Selection
+from kmend.diff.special import DISPENSABLE, NO_PROBES, SATELLITES, TABLE
 
 OLD = "int f(int x) { return outside(x); }\nint g(int x) { return outside(x + 1); }\n"
 
@@ -221,3 +225,11 @@ def test_data_of_a_sanitizer_is_refused(pair: Pair) -> None:
     old += '"lea .Lubsan_data0(%%rip), %0" : "=r" (at)); return outside(x + at); }\n'
     _, selection = pair(old, old.replace("x + at", "x - at"))
     assert "opaque-reference" in rules(selection)
+
+
+def test_every_section_that_is_known_stands_in_the_document() -> None:
+    text = (Path(__file__).parents[2] / "docs/special-sections.md").read_text()
+    known = {*TABLE, *SATELLITES, *DISPENSABLE, NO_PROBES, "__dyndbg", ".printk_index"}
+    assert sorted(name for name in known if f"`{name}`" not in text) == []
+    data = [name for name in selecting._PLAIN_DATA if not name.startswith(".data..percpu")]
+    assert sorted(n for n in data if f"`{n}`" not in text and n != ".rodata") == []

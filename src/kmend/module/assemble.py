@@ -23,7 +23,7 @@ from kmend.core.target import VMLINUX
 from kmend.diff.select import Link, Linker, LinkKind, Selection
 from kmend.diff.special import NO_PROBES, ORC, ORC_IP, PER_CPU, TABLE, Entry, SpecialSections
 from kmend.diff.twins import section_class
-from kmend.diff.unit import Part, PartKind, UnitObject
+from kmend.diff.unit import Part, PartKind, UnitObject, base_name
 from kmend.elf.model import (
     SHF_ALLOC,
     SHF_EXECINSTR,
@@ -305,13 +305,16 @@ class _Assembler(Output):
         return isinstance(resolution, Livepatched) and resolution.obj != VMLINUX
 
     def _refuse_late(self, rule: str, owner: Part, link: Link) -> None:
+        """docs/special-sections.md says why neither can wait for the module."""
+        key = f"write static_key_enabled(&{base_name(link.name)}) in the changed function, in place of "
+        key += "static_branch_likely() or static_branch_unlikely(): it reads the key when the code runs"
         self.refusals.append(
             Refusal(
                 rule,
                 owner.name,
                 f"its code is prepared while the patch is loaded, with {link.name}, which belongs to a "
                 "module that may be loaded later",
-                "leave the change to the next reboot, or take the static key out of the changed function",
+                key if rule == "late-module-key" else "leave the change to the next reboot",
             )
         )
 
