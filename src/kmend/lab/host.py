@@ -38,6 +38,8 @@ class Settings:
     accel: Accel | None = None
     #: added to the kernel's command line
     parameters: tuple[str, ...] = ()
+    #: a file that is the guest's disk (raw); it keeps what the guest has written when the guest is killed
+    disk: Path | None = None
 
 
 class _KvmAnswered(Exception):
@@ -89,13 +91,17 @@ class Host:
             self._shares(),
             snapshot.memory_fd,
             state_fd=snapshot.state_fd,
+            disk=self._settings.disk,
         )
 
     def _shares(self) -> Shares:
         return Shares(Path("/usr"), self.kernel.modules)
 
     def _machine_of(self, accel: Accel) -> MachineSettings:
-        return MachineSettings(accel, self._settings.cpus, self._settings.memory, self._settings.parameters)
+        chosen = self._settings
+        return MachineSettings(
+            accel, chosen.cpus, chosen.memory, chosen.parameters, disk=chosen.disk is not None
+        )
 
     def _snapshot_of(self, machine: MachineSettings, stop: threading.Event | None = None) -> Snapshot:
         key = key_of(self.kernel.vmlinuz, self._initrd, machine, direct=self._is_direct(machine))

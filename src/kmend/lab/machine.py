@@ -46,12 +46,17 @@ class Accel(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MachineSettings:
-    """What a guest is made of. ``memory`` in MiB; ``parameters`` are added to the kernel's command line."""
+    """What a guest is made of. ``memory`` in MiB; ``parameters`` are added to the kernel's command line.
+
+    ``disk``: it has a virtio disk (``/dev/vda`` once ``virtio_blk`` is loaded); which file that is, is told
+    to each :class:`Machine`, so that guests with different disks share a snapshot.
+    """
 
     accel: Accel = Accel.TCG
     cpus: int = 1
     memory: int = 512
     parameters: tuple[str, ...] = ()
+    disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +119,17 @@ def arguments(settings: MachineSettings, *, share_memory: bool) -> list[str]:
         *("-fsdev", f"local,id=usr,{_SHARE},path=%usr%", "-device", "virtio-9p-pci,fsdev=usr,mount_tag=usr"),
         *("-fsdev", f"local,id=modules,{_SHARE},path=%modules%"),
         *("-device", "virtio-9p-pci,fsdev=modules,mount_tag=modules"),
+        *(_DISK if settings.disk else ()),
         *("-append", " ".join((*KERNEL_PARAMETERS, *settings.parameters))),
     ]
 
 
+#: What the guest has written is in the host's file or page cache once it counts as written: killing QEMU is a
+#: power cut that loses the guest's memory, and nothing that the disk has acknowledged.
+_DISK = (
+    *("-drive", "if=none,id=disk,format=raw,file=/proc/self/fd/%disk%,file.locking=off,cache=writeback"),
+    *("-device", "virtio-blk-pci,drive=disk"),
+)
 _SHARE = "security_model=none,readonly=on,multidevs=remap"
 
 
@@ -133,10 +145,12 @@ class Machine:
         memory_fd: int,
         *,
         state_fd: int | None = None,
+        disk: Path | None = None,
     ) -> None:
         """Start QEMU: boot (the guest's memory is the file ``memory_fd``, shared), or restore.
 
-        ``kernel`` is a vmlinuz, or the contents of an image that :mod:`~kmend.lab.direct` made.
+        ``kernel`` is a vmlinuz, or the contents of an image that :mod:`~kmend.lab.direct` made. ``disk`` is
+        the file behind the disk, when the machine has one; None: an empty disk that nobody has looked at yet.
 
         To restore, ``state_fd`` is the saved machine state; the memory file then only serves as the
         guest's first contents and is never written.
@@ -173,6 +187,9 @@ class Machine:
             line = [_filled(word, values) for word in arguments(settings, share_memory=state_fd is None)]
             line += ["-kernel", str(kernel), "-initrd", f"/proc/self/fd/{initrd_fd}"]
             keep += [*theirs.values(), memory_fd, self._console.fd]
+            if settings.disk:
+                keep.append(_disk_fd(disk, stack))
+                line = [_filled(word, {"disk": str(keep[-1])}) for word in line]
             if state_fd is not None:
                 line += ["-incoming", "defer"]
                 keep.append(state_fd)
@@ -316,6 +333,22 @@ def _given(data: bytes, stack: contextlib.ExitStack) -> int:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+    return fd
+
+
+def _disk_fd(disk: Path | None, stack: contextlib.ExitStack) -> int:
+    if disk is None:
+        return _given(bytes(1 << 20), stack)
+    try:
+        fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failed(
+            f"the guest's disk {disk} cannot be opened",
+            why=error.strerror or str(error),
+            next_step="name a file that can be written",
+            rule="guest-disk",
+        ) from error
+    stack.callback(os.close, fd)
     return fd
 
 
