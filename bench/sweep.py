@@ -162,8 +162,8 @@ def with_needed_hunks(
     chosen: set[int] = set()
     while does_not_compile(report) and report is not None:
         said = "\n".join(row.why for row in report.refused)
-        names = set(re.findall(r"[\u2018']((?:struct |union |enum )?\w+)[\u2019']", said))
-        names = {name.split()[-1] for name in names}
+        # 'name', 'struct name', or 'pointer->name'
+        names = set(re.findall(r"[\u2018'](?:[\w\s]+|[\w>.-]+(?:->|\.))??(\w+)[\u2019']", said))
         absent = re.findall(r"fatal error: (\S+): No such file", said)
         more = {
             i
