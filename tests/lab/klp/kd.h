@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include <linux/module.h>
+#include <linux/proc_fs.h>
+#include <linux/seq_file.h>
+#include <linux/wait.h>
+
+#define KD_SLOTS 3
+/* how: 0 returns at once; 1 + 2 * slot sleeps there interruptibly, 2 + 2 * slot uninterruptibly */
+#define KD_HOWS (1 + 2 * KD_SLOTS)
+
+typedef int (*kd_fn)(int how, const char **version);
+struct kd_call { kd_fn fn; int how; };
+
+int kd_sleep(int how, const char *version);
+extern struct proc_dir_entry *kd_folder;
+
+/* the sleep is a call, not a jump: see ccflags-y in the Makefile */
+#define KD_BODY { \
+	int ret = 0; \
+	*version = THIS_MODULE->name; \
+	if (how) \
+		ret = kd_sleep(how, *version); \
+	barrier(); \
+	return ret; \
+}
+#define KD_FUNCTION(name) \
+	noinline int name(int how, const char **version); \
+	noinline int name(int how, const char **version) KD_BODY \
+	static struct kd_call name##_calls[KD_HOWS];
+
+static inline int kd_call_show(struct seq_file *m, void *v)
+{
+	struct kd_call *call = m->private;
+	const char *version = "";
+	int ret = call->fn(call->how, &version);
+
+	if (!ret)
+		seq_printf(m, "%s\n", version);
+	return ret;
+}
+
+#define kd_show(name) do { int i; char file[32]; \
+	for (i = 0; i < KD_HOWS; i++) { \
+		name##_calls[i] = (struct kd_call){ name, i }; \
+		snprintf(file, sizeof(file), #name ".%d", i); \
+		proc_create_single_data(file, 0444, kd_folder, kd_call_show, &name##_calls[i]); \
+	} } while (0)
+#define kd_hide(name) do { int i; char file[32]; \
+	for (i = 0; i < KD_HOWS; i++) { \
+		snprintf(file, sizeof(file), #name ".%d", i); \
+		remove_proc_entry(file, kd_folder); \
+	} } while (0)

@@ -1,0 +1,1 @@
+#include "kd_patch.h"

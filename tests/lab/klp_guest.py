@@ -1,0 +1,346 @@
+"""Random livepatch scenarios, run on the model and in a guest on the real kernel, and compared.
+
+The modules of ``klp/`` are built once per kernel; a livepatch's descriptors are made from its parameters.
+After each step both sides wait until no transition is going on, or only tasks that the scenario has put to
+sleep hold it up; what is compared does not depend on how fast the guest is.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kmend.core.run import run as run_program
+from kmend.core.target import Target
+from kmend.klp import sysfs
+from kmend.klp.line import Line
+from kmend.klp.outcome import view
+from kmend.klp.scenario import (
+    ALL_CALLBACKS,
+    Call,
+    Enter,
+    FuncDecl,
+    Leave,
+    Load,
+    Machine,
+    ModuleDecl,
+    ObjectDecl,
+    PatchDecl,
+    Scenario,
+    Step,
+    TaskDecl,
+    Unload,
+    Wait,
+    Write,
+)
+from kmend.klp.sched import advance, seconds
+from kmend.klp.structs import Handler, Sleep, Wake
+from kmend.lab.guest import Guest
+
+SOURCES = Path(__file__).parent / "klp"
+FUNCTIONS = {
+    None: ("cmdline_proc_show", "version_proc_show"),
+    "kd_base": ("kd_f", "kd_g"),
+    "kd_late": ("kd_m", "kd_n"),
+}
+FILES = {"cmdline_proc_show": "/proc/cmdline", "version_proc_show": "/proc/version"}
+PATCHES = ("p1", "p2", "p3")
+TASKS = ("a", "b", "c")
+#: What insmod, rmmod and the shell print for an errno.
+ERRORS = {
+    "nonexistent directory": -2,
+    "No such file or directory": -2,
+    "Resource temporarily unavailable": -11,
+    "Device or resource busy": -16,
+    "File exists": -17,
+    "No such device": -19,
+    "Invalid parameters": -22,
+    "Invalid argument": -22,
+}
+#: Lines of the log that both sides have; the others are the module loader's.
+OURS = re.compile(r"^(livepatch|p[123]): ")
+NOT_OURS = re.compile("taint|verification|out-of-tree")
+
+STEPS, PREPARE, REPORT = ((SOURCES / f"{name}.sh").read_text() for name in ("steps", "prepare", "report"))
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What one side did: a result per step, log, sysfs paths with values, func stacks, modules."""
+
+    results: tuple[str, ...]
+    log: tuple[str, ...]
+    sysfs: tuple[str, ...]
+    stacks: tuple[str, ...]
+    modules: tuple[str, ...]
+
+    def differences(self, other: Observed) -> list[str]:
+        """The fields in which the two differ, each with both values."""
+        return [
+            f"{name}:\n    model  {getattr(self, name)}\n    kernel {getattr(other, name)}"
+            for name in ("results", "log", "sysfs", "stacks", "modules")
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def build(target: Target, folder: Path) -> dict[str, bytes]:
+    """The modules for a kernel. ``make M=`` writes nothing into the target's tree."""
+    shutil.copytree(SOURCES, folder, dirs_exist_ok=True)
+    run_program(
+        ["make", "-s", "-C", target.source, f"M={folder}", f"CC={target.compiler}", "modules"], timeout=180
+    )
+    return {path.name: path.read_bytes() for path in folder.glob("*.ko")}
+
+
+def random_scenario(seed: int) -> Scenario:
+    """The scenario of a seed: three patches of random functions and 6 to 11 steps."""
+    rng = random.Random(seed)
+    patches = []
+    for name in PATCHES:
+        objs = []
+        for module, functions in FUNCTIONS.items():
+            chosen = rng.sample(functions, rng.choice((0, 1, 1, 2)))
+            fails = -19 if rng.random() < 0.06 else 0
+            if chosen:
+                objs.append((module, tuple(FuncDecl(function) for function in sorted(chosen)), fails))
+        if not objs:
+            objs = [("kd_base", (FuncDecl("kd_f"),), 0)]
+        callbacks = ALL_CALLBACKS if rng.random() < 0.6 else ()
+        states = ((1, rng.randint(1, 2)),) if rng.random() < 0.25 else ()
+        decls = tuple(
+            ObjectDecl(module, funcs, callbacks, fails if callbacks else 0) for module, funcs, fails in objs
+        )
+        patches.append(PatchDecl(name, decls, rng.random() < 0.35, states))
+    modules = tuple(ModuleDecl(name, FUNCTIONS[name]) for name in ("kd_base", "kd_late"))
+    return Scenario(
+        f"seed {seed}",
+        FUNCTIONS[None],
+        tuple(patches),
+        tuple(_steps(rng)),
+        modules,
+        tuple(TaskDecl(name) for name in TASKS),
+    )
+
+
+def _steps(rng: random.Random) -> list[Step]:
+    """Random steps that a real machine can take: nobody removes a module that a task is in.
+
+    Mostly steps that make sense (a patch that is loaded is disabled), some that do not.
+    """
+    steps: list[Step] = []
+    inside: dict[str, str] = {}
+    loaded: list[str] = []
+    late = False
+    while len(steps) < 11:
+        there = [name for name in PATCHES if name in loaded] if rng.random() < 0.93 else list(PATCHES)
+        absent = [name for name in PATCHES if name not in loaded] if rng.random() < 0.93 else list(PATCHES)
+        awake = [task for task in TASKS if task not in inside]
+        known = [FUNCTIONS[None], FUNCTIONS["kd_base"]] + [FUNCTIONS["kd_late"]] * (
+            late or rng.random() < 0.05
+        )
+        match rng.choices(range(8), (26, 20, 9, 8, 16, 16, 9, 4))[0]:
+            case 0 if absent:
+                steps.append(Load(rng.choice(absent)))
+                loaded.append(steps[-1].module)
+            case 1 if there:
+                steps.append(Write(rng.choice(there), "enabled", rng.choice("00001")))
+            case 2 if not any(function in FUNCTIONS["kd_late"] for function in inside.values()):
+                late = not late
+                steps.append(Load("kd_late") if late else Unload("kd_late"))
+            case 3 if there:
+                name = rng.choice(there)
+                steps.append(Unload(name))
+                if any(isinstance(step, Write) and step.patch == name for step in steps) and name in loaded:
+                    loaded.remove(name)
+            case 4 if awake:
+                steps.append(Call(rng.choice(awake), rng.choice(rng.choice(known))))
+            case 5 if awake:
+                task, function = rng.choice(awake), rng.choice(rng.choice(known[1:]))
+                inside[task] = function
+                deep = rng.random() < 0.5
+                sleep = Sleep.UNINTERRUPTIBLE if deep else Sleep.INTERRUPTIBLE
+                steps.append(Enter(task, function, sleep, Wake.STAY if deep else Wake.RESTART))
+            case 6 if inside:
+                task = rng.choice(sorted(inside))
+                steps.append(Leave(task))
+                del inside[task]
+            case 7 if there and inside:
+                steps.append(Write(rng.choice(there), "force", "1"))
+    return steps
+
+
+def quiesce(machine: Machine) -> None:
+    """Until no transition is going on, or the only tasks behind are asleep in a function of the scenario."""
+    k = machine.k
+    for _ in range(10):
+        if k.klp_transition_patch is None:
+            break
+        behind = [task for task in k.tasks if task.patch_state != k.klp_target_state]
+        if behind and all(task.stack for task in behind):
+            break
+        advance(k, seconds(1.2))
+    advance(k, 0)
+
+
+def on_model(scenario: Scenario, line: Line, handler: Handler | None = None) -> Observed:
+    """Run a scenario on the model (with another handler, to show that a wrong one is found)."""
+    machine = Machine(scenario, line)
+    machine.k.handler = handler
+    machine.execute(Load("kd_base"))
+    results = []
+    for step in scenario.steps:
+        results.append(str(machine.execute(step)))
+        quiesce(machine)
+    k = machine.k
+    assert k.warned == [], k.warned
+    shown = [f"{sysfs.ROOT}"]
+    for path, entry in sysfs.view(k).items():
+        value = "" if entry.rights.startswith("d") else f" {entry.value or '-'}"
+        shown.append(f"{sysfs.ROOT}/{path}{value}")
+    final = view(k)
+    stacks = []
+    for stack in final.stacks:
+        funcs = [f"{func.patch}:{func.nop:d}:{func.transition:d}" for func in stack.funcs]
+        stacks.append(" ".join([stack.function, *funcs]))
+    modules = [f"{m.name} {m.refcnt}" for m in final.modules if m.name != "kd_base"]
+    return Observed(
+        tuple(results),
+        tuple(text for text in (message.text for message in k.log) if OURS.match(text)),
+        tuple(sorted(shown)),
+        tuple(sorted(stacks)),
+        tuple(sorted(modules)),
+    )
+
+
+def command(scenario: Scenario, step: Step) -> str:
+    """A step as the guest's shell takes it."""
+    match step:
+        case Load(name):
+            return f"load {name} {parameters(scenario, name)}"
+        case Unload(name):
+            return f"unload {name}"
+        case Write(patch, attribute, value):
+            return f"put {patch}/{attribute} {value}"
+        case Call(_, function):
+            return f"callf {FILES.get(function, f'/proc/kd/{function}.0')}"
+        case Enter(task, function, sleep):
+            slot = TASKS.index(task)
+            how = 1 + 2 * slot + (sleep is Sleep.UNINTERRUPTIBLE)
+            return f"enter {slot} /proc/kd/{function}.{how}"
+        case Leave(task):
+            return f"leave {TASKS.index(task)}"
+        case Wait(count):
+            return f"sleep {count}; echo 'R 0'"
+    raise NotImplementedError(step)
+
+
+def parameters(scenario: Scenario, name: str) -> str:
+    """The parameters that make a patch's descriptors."""
+    for patch in scenario.patches:
+        if patch.name == name:
+            words = [f"replace={patch.replace:d}"]
+            for obj in patch.objs:
+                where = obj.name or "vmlinux"
+                words.append(f"{where}={','.join(func.old_name for func in obj.funcs)}")
+                words.append(f"ret_{where}={obj.pre_patch_ret}")
+            if patch.objs[0].callbacks:
+                words.append("callbacks=1")
+            words += [f"state={id_} version={version}" for id_, version in patch.states]
+            return " ".join(words)
+    return ""
+
+
+class Ground:
+    """A guest that is ready for scenarios; a fresh one when a scenario leaves something behind."""
+
+    def __init__(self, target: Target, lab: Path, modules: dict[str, bytes]) -> None:
+        self.target, self.lab, self.modules = target, lab, modules
+        self.guest: Guest | None = None
+        self.starts = 0
+
+    def __enter__(self) -> Ground:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Let the present guest go."""
+        if self.guest is not None:
+            self.guest.close()
+            self.guest = None
+
+    def ready(self) -> Guest:
+        """The guest, started when there is none."""
+        if self.guest is None:
+            guest = Guest.of(self.target, self.lab)
+            guest.__enter__()
+            self.guest = guest
+            self.starts += 1
+            for name, data in self.modules.items():
+                guest.put(f"/root/{name}", data)
+            guest.run(PREPARE, check=True, timeout=60)
+        return self.guest
+
+    def run(self, scenario: Scenario) -> Observed:
+        """Run a scenario on the real kernel.
+
+        Raises:
+            KernelOops, LostGuest: the kernel did not survive it.
+        """
+        guest = self.ready()
+        began = len(guest.dmesg())
+        steps = "\n".join(f"{command(scenario, step)}\nquiesce" for step in scenario.steps)
+        done = guest.run(f"{STEPS}\n{steps}\necho LOG >/dev/kmsg\n{REPORT}", timeout=300)
+        lines = done.text.splitlines()
+        texts = [message.text for message in guest.dmesg()[began:]]
+        log = texts[: texts.index("LOG")]
+        if "DIRTY" in lines:
+            self.drop()
+        results = [errno(line[2:]) for line in lines if line.startswith("R ")]
+        return Observed(
+            tuple(results),
+            tuple(text for text in log if OURS.match(text) and not NOT_OURS.search(text)),
+            tuple(sorted(between(lines, "SYSFS", "STACKS"))),
+            tuple(sorted(between(lines, "STACKS", "MODULES"))),
+            tuple(sorted(between(lines, "MODULES", "END"))),
+        )
+
+
+def between(lines: Sequence[str], first: str, last: str) -> Sequence[str]:
+    """The lines after one and before another."""
+    return lines[lines.index(first) + 1 : lines.index(last)]
+
+
+def errno(text: str) -> str:
+    """A result as the model writes it."""
+    for words, number in ERRORS.items():
+        if words in text:
+            return str(number)
+    return "vmlinux" if text.startswith(("BOOT_IMAGE", "console=", "Linux")) else text
+
+
+def smaller(scenario: Scenario) -> list[Scenario]:
+    """Scenarios with one step less."""
+    return [
+        replace(scenario, steps=scenario.steps[:i] + scenario.steps[i + 1 :])
+        for i in range(len(scenario.steps))
+    ]
+
+
+def shrink(ground: Ground, scenario: Scenario, line: Line) -> tuple[Scenario, list[str]]:
+    """The smallest scenario found that still differs, and in what."""
+    found = on_model(scenario, line).differences(ground.run(scenario))
+    going = True
+    while going:
+        going = False
+        for less in smaller(scenario):
+            different = on_model(less, line).differences(ground.run(less))
+            if different:
+                scenario, found, going = less, different, True
+                break
+    return scenario, found

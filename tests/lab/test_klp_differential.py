@@ -1,0 +1,49 @@
+"""Random scenarios of live patching: the model and the real kernel do the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from klp_guest import Ground, build, on_model, random_scenario, shrink
+
+from kmend.core.config import Config
+from kmend.core.target import Target
+from kmend.klp.line import LINES
+from kmend.klp.structs import Function, Kernel, Ops, Task
+
+pytestmark = [pytest.mark.lab, pytest.mark.target]
+
+
+def ignore_transition(_k: Kernel, ops: Ops, _current: Task) -> Function | None:
+    """A wrong handler: it takes the top func whatever the task's state."""
+    func = ops.func_stack[0]
+    return None if func.nop else func.new_func
+
+
+FIRST_SEED = 20240
+#: bench/klp_differential.py runs as many as one likes
+SCENARIOS = {"6.1": 12, "6.12": 6}
+
+
+@pytest.mark.parametrize(("release", "line"), [("55", "6.1"), ("612", "6.12")])
+def test_random_scenarios_end_as_on_the_real_kernel(
+    release: str, line: str, request: pytest.FixtureRequest, config: Config, tmp_path: Path
+) -> None:
+    target: Target = request.getfixturevalue(f"target_{release}")
+    modules = build(target, tmp_path / "modules")
+    seen = []
+    with Ground(target, config.lab, modules) as ground:
+        for seed in range(FIRST_SEED, FIRST_SEED + SCENARIOS[line]):
+            scenario = random_scenario(seed)
+            seen.append((scenario, ground.run(scenario)))
+            if on_model(scenario, LINES[line]).differences(seen[-1][1]):
+                least, found = shrink(ground, scenario, LINES[line])
+                pytest.fail(f"{scenario.name}, {least.patches}, {least.steps}\n" + "\n".join(found))
+    assert sum(len(observed.results) for _, observed in seen) == 11 * SCENARIOS[line]
+    found_out = [
+        scenario.name
+        for scenario, observed in seen
+        if on_model(scenario, LINES[line], ignore_transition).differences(observed)
+    ]
+    assert found_out, "no scenario tells a handler that ignores func->transition from the kernel's"
