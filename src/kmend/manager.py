@@ -34,6 +34,7 @@ from kmend.core.live import (
     Phase,
     Result,
     Transition,
+    tasks,
 )
 from kmend.core.progress import Progress
 from kmend.core.target import Release
@@ -49,6 +50,7 @@ from kmend.runtime.wake import interrupt
 if TYPE_CHECKING:
     from kmend.elf.model import ElfFile
     from kmend.module.describe import Description
+    from kmend.module.layout import Layout
     from kmend.view import TargetView
 
 #: Taking back after a stall gets at least so many seconds: it is the way out.
@@ -143,7 +145,8 @@ class Manager:
         seen = self._observe()
         self.progress.step(f"checking {path}")
         view, problem = self._view(seen)
-        module = read_module_file(data, path, view)
+        layout = self._layout(view)
+        module = read_module_file(data, path, layout)
         leftover = next((row for row in seen.left if row.name == module.name), None)
         interrupted = [row for row in seen.unfinished if row.patch == module.name]
         there = next((row for row in seen.patches if row.name == module.name), None)
@@ -153,6 +156,7 @@ class Manager:
                 return finished
         without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
         checks = [*preflight.look(self.place, module, without), *self._rules(view, problem, data, path)]
+        checks += self._code(module, view, seen)
         if leftover is not None:
             checks.append(_leftover_check(leftover))
         refusals = tuple(row.refusal for row in checks if row.refusal is not None)
@@ -350,14 +354,14 @@ class Manager:
 
             def work(run: _Run) -> ActionReport:
                 act.force(self.place, name, run.messages)
-                run.step(f"forced {left} tasks", forced=patch.phase.value)
+                run.step(f"forced {tasks(left)}", forced=patch.phase.value)
                 found = self._follower(run, patch.phase, Patience(limit=FORCED_LIMIT, wake=False)).run()
                 run.followed.append(replace(found, last=seen.transition))
                 if found.end is not End.COMPLETE:
                     return self._report(run, Result.STALLED, f"{name} was forced, but has not ended yet")
                 return self._report(run, Result.DONE, f"{name} was forced: {_forced_words(patch)}")
 
-            return self._perform("force", name, f"{left} tasks are left", {}, seen, work)
+            return self._perform("force", name, f"{tasks(left)} left", {}, seen, work)
 
     def signal(self, name: str | None, *, io_uring: bool = False) -> ActionReport:
         """Interrupt, once, the tasks that hold the running transition up.
@@ -385,14 +389,14 @@ class Manager:
                     if row.wakeable or (io_uring and row.cause.value == "io-uring")
                 ]
                 woken = interrupt(chosen)
-                run.step(f"interrupted {len(woken.interrupted)} of {len(rows)} tasks")
+                run.step(f"interrupted {len(woken.interrupted)} of {tasks(len(rows))}")
                 time.sleep(0.05)
                 left = blockers.look(self.place, moving, seen.patches)
                 run.followed.append(Followed(End.STALLED, 0.0, woken=tuple(woken.interrupted), last=left))
                 return self._report(
                     run,
                     Result.DONE,
-                    f"{len(woken.interrupted)} tasks were interrupted; {left.left} are left",
+                    f"interrupted {tasks(len(woken.interrupted))}; {left.left} left",
                 )
 
             return self._perform("signal", moving.name, "interrupts tasks", {}, seen, work)
@@ -547,6 +551,35 @@ class Manager:
             return None, f"the target {target.release} in the cache is another build than the one that runs"
         return TargetView(self.config, target), ""
 
+    def _layout(self, view: TargetView | None) -> Layout | None:
+        """How the kernel lays its livepatch structures out: by the target, else by its own BTF."""
+        from kmend import running
+
+        if view is not None:
+            return view.layout
+        try:
+            return running.layout(self.place)
+        except KmendError:
+            return None
+
+    def _code(self, module: ModuleFile, view: TargetView | None, seen: Seen) -> list[Check]:
+        """The functions to be replaced, as they run, against the image of the same build."""
+        from kmend import running
+
+        if module.wanted is None:
+            return [Check("running code", None, "which functions are replaced is not known")]
+        release = seen.kernel.release
+        self.progress.step("comparing the running code with the kernel's image")
+        try:
+            image = running.boot_image(release, seen.kernel.build_id) if view is None else view.image
+            code = running.RunningCode(self.place, image, lambda name: running.module_file(release, name))
+            try:
+                return list(running.checks(code.compare(module.wanted)))
+            finally:
+                code.close()
+        except KmendError as error:
+            return [Check("running code", None, f"{error.what}: {error.why}")]
+
     def _rules(self, view: TargetView | None, problem: str, data: bytes, path: str) -> list[Check]:
         """`kmend check` against the target in the cache."""
         if view is None:
@@ -567,8 +600,8 @@ def _contents(fd: int) -> bytes:
     return data
 
 
-def read_module_file(data: bytes, path: str, view: TargetView | None) -> ModuleFile:
-    """What a module's file says of itself; its functions with a target, or from its own build report.
+def read_module_file(data: bytes, path: str, layout: Layout | None) -> ModuleFile:
+    """What a module's file says of itself; without ``layout`` its functions are those of its build report.
 
     Raises:
         UsageError: it is no livepatch module.
@@ -577,7 +610,7 @@ def read_module_file(data: bytes, path: str, view: TargetView | None) -> ModuleF
     from kmend.module.describe import describe
 
     elf = read(data, path)
-    found = describe(elf, view.layout if view is not None else None, path)
+    found = describe(elf, layout, path)
     sha256 = hashlib.sha256(data).hexdigest()
     wanted = _wanted(found)
     if wanted is None:
@@ -684,7 +717,7 @@ def _coming(name: str) -> Refusal:
 
 
 def _other_transition(moving: LivePatch, seen: Seen) -> Refusal:
-    left = f"; {seen.transition.left} tasks are left" if seen.transition is not None else ""
+    left = f"; {tasks(seen.transition.left)} left" if seen.transition is not None else ""
     return Refusal(
         "transition-running",
         f"{moving.name} is {moving.phase.value}{left}",
@@ -708,7 +741,7 @@ def _not_confirmed(name: str, transition: Transition | None) -> Refusal:
     where = f", in {', '.join(f'{f}()' for f in functions)}" if functions else ""
     return Refusal(
         "not-confirmed",
-        f"{name} was not forced: {left} tasks are left{where}",
+        f"{name} was not forced: {tasks(left)} left{where}",
         "forcing lets these tasks go on in code that does not fit the data of the new one: if old and new "
         "code differ in locking or in what data means, the kernel may hang or corrupt data. The modules "
         "of the code that they are in can not be unloaded before the next boot",

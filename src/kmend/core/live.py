@@ -16,6 +16,11 @@ from kmend.core.taint import TaintFlag
 from kmend.core.target import VMLINUX
 
 
+def tasks(number: int) -> str:
+    """``1 task``, ``2 tasks``."""
+    return f"{number} task" if number == 1 else f"{number} tasks"
+
+
 class Phase(Enum):
     """Where a patch stands.
 

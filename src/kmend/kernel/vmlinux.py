@@ -155,6 +155,12 @@ class Image:
             return b""
         return self._data[section.offset : section.offset + section.size]
 
+    def trailer(self) -> bytes:
+        """What lies behind the ELF file's own end: in an unpacked image its table of relocations."""
+        fields = _EHDR.unpack_from(self._data)
+        ends = (section.offset + section.size for section in self.sections if not section.nobits)
+        return self._data[max(fields[6] + fields[11] * fields[12], *ends) :]
+
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes from the link-time ``address``.
 

@@ -63,7 +63,9 @@ def _followed(row: Followed) -> dict[str, object]:
 
 def to_text(report: ActionReport) -> str:
     """The report for people: the outcome first, then what was done, then what could not be looked at."""
-    lines = [f"{report.patch}: {report.why}" if report.patch not in report.why else report.why]
+    lines = []
+    if report.why not in [row.what for row in report.refused]:
+        lines.append(f"{report.patch}: {report.why}" if report.patch not in report.why else report.why)
     for row in report.refused:
         lines += _lines_of("refused", row)
     lines += [f"  {step}" for step in report.steps]
@@ -81,7 +83,7 @@ def to_text(report: ActionReport) -> str:
 
 
 def _lines_of(kind: str, row: Refusal) -> Iterator[str]:
-    yield f"  {kind}  {row.rule}: {row.what}"
+    yield f"{kind}  {row.rule}: {row.what}"
     for label, text in (("why", row.why), ("next", row.next_step)):
         if text:
             indented = text.replace("\n", "\n          ")

@@ -110,7 +110,7 @@ _BY_LOG = (
     Answer(
         rule="old-function",
         pattern=r"livepatch: symbol position (\d+) for symbol '(.+?)' in object '(.+?)' not found",
-        what="{2} has no {0}. function {1}()",
+        what="{2} has no {1}() at position {0}",
         why=_DIFFERENT,
         next_step=_ANEW,
     ),

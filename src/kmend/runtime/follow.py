@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kmend.core import live
 from kmend.core.live import (
     Blocker,
     Cause,
@@ -174,7 +175,7 @@ class Follower:
         names = f"{first.task.tid} ({first.task.name})" + (
             f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         )
-        text = f"interrupted {len(rows)} tasks that slept{where}: {names}"
+        text = f"interrupted {live.tasks(len(rows))} that slept{where}: {names}"
         woken = self.wake([row.task.tid for row in rows])
         for row in rows:
             self.woken[row.task.tid] = now

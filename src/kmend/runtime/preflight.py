@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kmend.core.errors import Refusal, Unable
-from kmend.core.live import Check, KernelState, LivePatch, Phase
+from kmend.core.live import Check, KernelState, LivePatch, Phase, tasks
 from kmend.core.target import VMLINUX
 from kmend.runtime import symbols
 from kmend.runtime.observe import Seen
@@ -170,7 +170,7 @@ def _transition(module: ModuleFile, seen: Seen) -> Check:
     moving = next((row for row in seen.patches if row.phase.moving or row.phase is Phase.COMING), None)
     if moving is None or moving.name == module.name:
         return Check("transition", True, "no other transition is under way")
-    left = f"; {seen.transition.left} tasks are left" if seen.transition is not None else ""
+    left = f"; {tasks(seen.transition.left)} left" if seen.transition is not None else ""
     return _no(
         "transition",
         Refusal(

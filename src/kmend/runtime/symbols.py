@@ -54,6 +54,10 @@ class SymbolTable:
         """The symbols that begin at the address."""
         return tuple(row for _, row in self._lines(b"\n%016x " % address))
 
+    def starts(self) -> list[int]:
+        """Every address at which a symbol begins, ascending: the next one ends a function."""
+        return sorted({int(line[:16], 16) for line in self._text.split(b"\n") if line})
+
     def _lines(self, needle: bytes) -> Iterator[tuple[int, RunningSymbol]]:
         at = self._text.find(needle)
         while at >= 0:
