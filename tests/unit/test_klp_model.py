@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from kmend.core.errors import UsageError
@@ -104,7 +102,7 @@ SLEEPS = Enter("a", "f", wake=Wake.STAY)
         ((Load("p1"), Write("p1", "enabled", "maybe")), (0, EINVAL)),
         ((Load("p1"), Write("p1", "force", "1")), (0, EINVAL)),
         ((Load("p1"), Write("p1", "force", "0")), (0, 0)),
-        ((Load("p1"), Write("p1", "transition", "0")), (0, -1)),
+        ((Load("p1"), Write("p1", "transition", "0")), (0, -13)),
         ((Write("p1", "enabled", "0"),), (ENOENT,)),
         ((Load("p1"), Unload("p1")), (0, EAGAIN)),
         ((SLEEPS, Load("p1"), Unload("p1")), ("vmlinux", 0, EAGAIN)),
@@ -616,10 +614,6 @@ def test_scenarios_that_name_what_they_do_not_declare() -> None:
         assert caught.value.rule == "klp-scenario"
 
 
-def test_errnos_are_linux() -> None:
-    assert (os.strerror(16), os.strerror(17)) == ("Device or resource busy", "File exists")
-
-
 def test_the_handler_at_the_edges() -> None:
     """An empty stack and a task without a state cannot be; the kernel warns."""
     m = machine()
@@ -636,3 +630,10 @@ def test_the_handler_at_the_edges() -> None:
     assert call(m.k, task, ops.old_func) is ops.old_func
     assert seconds(2) == 2 * HZ
     assert Func("f", old_func=ops.old_func).old_addr == ops.old_func.addr
+
+
+def test_a_module_without_an_exit_function_stays() -> None:
+    k = Kernel()
+    assert load_module(k, Module("permanent", init=lambda _k, _mod: 0)) == 0
+    assert delete_module(k, "permanent") == EBUSY
+    assert load_module(k, Module("permanent")) == EEXIST

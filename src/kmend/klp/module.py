@@ -52,6 +52,8 @@ def delete_module(k: Kernel, name: str) -> int:
         return -ENOENT
     if mod.state is not ModuleState.LIVE:
         return -EBUSY
+    if mod.init and not mod.exit:
+        return -EBUSY
     if mod.refcnt:
         return -EAGAIN
     mod.state = ModuleState.GOING

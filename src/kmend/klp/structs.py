@@ -14,7 +14,7 @@ from enum import Enum, IntEnum
 from kmend.core.errors import Failed
 from kmend.klp.line import LINE_6_1, Line
 
-EPERM, ENOENT, EAGAIN, ENOMEM, EBUSY, EEXIST, ENODEV, EINVAL = 1, 2, 11, 12, 16, 17, 19, 22
+ENOENT, EAGAIN, ENOMEM, EACCES, EBUSY, EEXIST, ENODEV, EINVAL = 2, 11, 12, 13, 16, 17, 19, 22
 ENOEXEC, EADDRINUSE = 8, 98
 #: Ticks of the clock in a second: CONFIG_HZ of Debian's kernels.
 HZ = 250

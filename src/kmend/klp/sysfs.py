@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kmend.klp.core import klp_disable_patch
 from kmend.klp.line import Feature
-from kmend.klp.structs import EINVAL, ENOENT, EPERM, Kernel, Object, Patch
+from kmend.klp.structs import EACCES, EINVAL, ENOENT, Kernel, Object, Patch
 from kmend.klp.transition import klp_force_transition, klp_reverse_transition
 
 ROOT = "/sys/kernel/livepatch"
@@ -61,7 +61,10 @@ def _find(k: Kernel, name: str) -> Patch | None:
 
 
 def write(k: Kernel, path: str, text: str) -> int:
-    """Write to ``PATCH/enabled`` or ``PATCH/force``: 0 or a negative errno."""
+    """Write to ``PATCH/enabled`` or ``PATCH/force``: 0 or a negative errno.
+
+    Files that cannot be written refuse root as well (``kernfs_fop_open()``).
+    """
     name, _, attribute = path.partition("/")
     patch = _find(k, name)
     if patch is None or path not in view(k):
@@ -70,7 +73,7 @@ def write(k: Kernel, path: str, text: str) -> int:
         return enabled_store(k, patch, text)
     if attribute == "force":
         return force_store(k, patch, text)
-    return -EPERM
+    return -EACCES
 
 
 def enabled_store(k: Kernel, patch: Patch, text: str) -> int:
