@@ -20,6 +20,7 @@ has alternatives                 here, ``static_cpu_has``                       
 uses per-CPU variables           here: vmlinux's, ext4's, its own                here
 has a ``.cold`` part             here                                            – (GCC makes none there)
 has IBT, padding, call sites     –                                               here
+must not be probed               here, ``kinds_note``, ``kinds_triple``          here
 calls a new function of another  here, ``ext4_kinds_helper``                     here
 unit
 shares a new global between      here, ``kinds_note``, ``kinds_total``           here
@@ -62,6 +63,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.target]
 #: static local, per-CPU variables of vmlinux and new, static calls, dynamic debug, WARN, exception table,
 #: static keys, CPU features, a cold part, a function that is not exported, callbacks, globals for ext4
 PROBE = r"""
+#include <linux/kprobes.h>
 #include "kmend.h"
 
 DECLARE_STATIC_KEY_FALSE(sched_schedstats);
@@ -73,13 +75,14 @@ noinline int kinds_note(int number)
 	return kinds_total += number;
 }
 EXPORT_SYMBOL_GPL(kinds_note);
+NOKPROBE_SYMBOL(kinds_note);
 
 static int kinds_double(int number)
 {
 	return number * 2;
 }
 
-static int kinds_triple(int number)
+static int __kprobes kinds_triple(int number)
 {
 	return number * 3;
 }
@@ -383,6 +386,18 @@ def test_a_static_key_and_a_static_call_of_its_own(guest: Guest) -> None:
     assert last(guest, "hostname a").split(" count")[0].endswith("own 1 15")
 
 
+def test_what_must_not_be_probed_cannot_be(guest: Guest) -> None:
+    """``NOKPROBE_SYMBOL(kinds_note)``, and ``kinds_triple()`` of ``.kprobes.text``."""
+    guest.run("[ -e /sys/kernel/tracing/trace ] || mount -t tracefs t /sys/kernel/tracing", check=True)
+    probe = "echo 'p:kinds kmend_kinds:{}' >> /sys/kernel/tracing/kprobe_events"
+    for name in ("kinds_note", "kinds_triple"):
+        refused = guest.run(probe.format(name))
+        assert refused.status != 0
+        assert "Invalid argument" in refused.errors
+    guest.run(probe.format("kinds_double"), check=True)
+    guest.run("echo '-:kinds' >> /sys/kernel/tracing/kprobe_events", check=True)
+
+
 def test_static_calls_of_the_kernel_follow(guest: Guest) -> None:
     """``cond_resched()`` becomes a NOP and a call again: its site in the module as well."""
     mode = "/sys/kernel/debug/sched/preempt"
@@ -475,7 +490,7 @@ def test_it_can_be_taken_back_and_the_log_is_clean(guest: Guest) -> None:
         f"kinds: {kind}" for kind in ("pre-patch", "post-patch", "pre-unpatch", "post-unpatch")
     ]
     before = len(said(guest))
-    guest.run("hostname e && sync && rmmod dummy && modprobe dummy", check=True)
+    guest.run("hostname e && sync && modprobe -r dummy && modprobe dummy", check=True)
     assert len(said(guest)) == before
     log = guest.dmesg()
     assert [r.headline for r in reports(log) if "kinds_probe" not in r.headline] == []
