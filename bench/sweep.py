@@ -5,9 +5,10 @@
 
 Each changed file that the older kernel compiles becomes a patch by itself. Where it does not
 compile alone, it gets the hunks of changed headers that bring the names which the compiler misses, as the
-commit had them. Where that is not enough it needs other C files as well, and "does not compile". Every patch
-is built for the older kernel; a sample of the modules is loaded in the lab, the patched modules after it,
-and taken back. `failed` and `crashed` are defects of kmend.
+commit had them. Where that is not enough it needs other C files as well, and "does not compile"; a header
+change that more than a few hundred units may see is left out as "too wide", for the time it takes. Every
+patch is built for the older kernel; a sample of the modules is loaded in the lab, the patched modules after
+it, and taken back. `failed` and `crashed` are defects of kmend.
 """
 
 from __future__ import annotations
@@ -32,9 +33,16 @@ from kmend.core.progress import Silent
 from kmend.core.report import BuildReport, Outcome
 from kmend.core.target import Linkage, Release, Target
 from kmend.kernel import compile as compiling
-from kmend.kernel import kbuild, store
+from kmend.kernel import kbuild, overlay, store
 from kmend.lab.guest import Guest
+from kmend.pairs import reached_by
+from kmend.patch.apply import apply
+from kmend.patch.intake import parse
 from kmend.pipeline import BuildRequest, build
+
+
+#: A patch whose headers more units may see than this is not built.
+WIDE = 400
 
 
 @dataclass
@@ -142,6 +150,15 @@ def needed_headers(new: Target, path: str, changed: list[str]) -> list[str]:
     return sorted(found)
 
 
+def seen_by(target: Target, patch: bytes) -> int:
+    """How many units may see a difference in the headers of the patch."""
+    try:
+        applied = apply(parse((("x.patch", patch),)), overlay.tree_reader(target.source))
+        return len(reached_by(applied, target, Silent()).candidates)
+    except KmendError:
+        return 0  # the build will say why
+
+
 def does_not_compile(report: BuildReport | None) -> bool:
     return report is not None and {r.rule for r in report.refused} == {"compile-error"}
 
@@ -174,7 +191,12 @@ def with_needed_hunks(
             break
         chosen |= more
         picked = [hunks[i] for i in sorted(chosen)]  # what was added may need others itself
-        report = try_build(config, old, sample, number, out, with_hunks(picked) + own)
+        patch = with_hunks(picked) + own
+        units = seen_by(old, patch)
+        if units > WIDE:
+            sample.outcome, sample.note = "too wide", f"{units} units may see the header's change"
+            return None
+        report = try_build(config, old, sample, number, out, patch)
         sample.files = [*{header.split()[1].decode()[2:]: 0 for header, _ in picked}, sample.path]
     return report
 
@@ -286,7 +308,7 @@ def main() -> int:
             print(f"loaded  {sample.path}  {why or 'well'}", flush=True)
             if why:
                 wrong.append(sample)
-    compiling_ones = [s for s in samples if s.outcome != "does not compile"]
+    compiling_ones = [s for s in samples if s.outcome not in ("does not compile", "too wide")]
     good = [s for s in compiling_ones if s.outcome in ("built", "nothing-changed")]
     print("\n" + "\n".join(rows(samples)))
     share = 100 * len(good) / max(len(compiling_ones), 1)
