@@ -40,7 +40,6 @@ from kmend.patch.apply import apply
 from kmend.patch.intake import parse
 from kmend.pipeline import BuildRequest, build
 
-
 #: A patch whose headers more units may see than this is not built.
 WIDE = 400
 
