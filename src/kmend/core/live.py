@@ -278,7 +278,8 @@ class Sample:
 class Followed:
     """A transition as it was followed. ``woken`` are the threads that were interrupted.
 
-    ``last`` is the last look with tasks left: at a stall, what holds it up.
+    ``first`` is the first look that found tasks left, before anything was done about them; ``last`` is the
+    last look, None when it found none: at a stall, what holds it up.
     """
 
     end: End
@@ -286,6 +287,7 @@ class Followed:
     samples: tuple[Sample, ...] = ()
     steps: tuple[Step, ...] = ()
     woken: tuple[int, ...] = ()
+    first: Transition | None = None
     last: Transition | None = None
 
 

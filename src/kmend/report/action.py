@@ -57,6 +57,7 @@ def _followed(row: Followed) -> dict[str, object]:
         "samples": [[one.seconds, one.left, one.tasks] for one in row.samples],
         "steps": [{"seconds": one.seconds, "text": one.text} for one in row.steps],
         "woken": list(row.woken),
+        "at_first": transition_document(row.first),
         "left": transition_document(row.last),
     }
 

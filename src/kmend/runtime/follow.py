@@ -75,6 +75,7 @@ class Follower:
     _began: float = 0.0
     _first_seen: dict[int, float] = field(default_factory=dict)
     _explainer: Explainer | None = None
+    _first: Transition | None = None
     _last: Transition | None = None
     _said: str = ""
 
@@ -107,6 +108,7 @@ class Follower:
             samples=tuple(self.samples),
             steps=tuple(self.steps),
             woken=tuple(self.woken),
+            first=self._first,
             last=self._last,
         )
 
@@ -144,6 +146,7 @@ class Follower:
         self._last = Transition(
             self.name, self.goal, target, seen.tasks, len(seen.pending), found, seen.unreadable
         )
+        self._first = self._first or self._last
         here = {tid for _, tid in seen.pending}
         for tid in self._first_seen.keys() - here:
             del self._first_seen[tid]
