@@ -6,6 +6,7 @@ before anything is compiled: :mod:`kmend.patch.items` says how that is known.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ from kmend.patch.reach import Reach, reach
 if TYPE_CHECKING:
     from kmend.diff.unit import UnitObject
     from kmend.kernel.kbuild import CompileCommand
+
+
+#: Lines and offsets in a warning: they move with the patch.
+_DIGITS = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 def include_flags() -> tuple[str, ...]:
@@ -129,7 +134,17 @@ class Compiler:
             old = UnitObject.parse(pair.original.path.read_bytes(), f"{unit.obj} (original)")
             new = UnitObject.parse(pair.patched.path.read_bytes(), f"{unit.obj} (patched)")
             out.append(Pair(unit, old, new))
+            self._new_warnings(unit, pair)
         return out
+
+    def _new_warnings(self, unit: Unit, pair: compiling.Pair) -> None:
+        """What the compiler and objtool say of the patched unit and did not say of the original."""
+        known = {_DIGITS.sub("", line) for line in pair.original.warnings}
+        self.warnings += [
+            Refusal("compiler-warning", unit.source, line, "look at the line")
+            for line in pair.patched.warnings
+            if _DIGITS.sub("", line) not in known
+        ]
 
     def as_built(self, unit: Unit) -> UnitObject:
         """The original unit without ``-ffunction-sections``, exactly as the kernel was built."""

@@ -371,6 +371,20 @@ def test_a_syntax_error_is_gccs_own_words(build: Build, target_56: Target, tmp_p
     assert "cmdline.c:" in document["refused"][0]["why"]
 
 
+def test_a_new_warning_of_the_compiler_is_shown(build: Build, target_56: Target, tmp_path: Path) -> None:
+    change = patch_of(
+        tmp_path,
+        target_56,
+        "fs/proc/cmdline.c",
+        ("\tseq_putc(m, '\\n');\n", "#warning look here\n\tseq_putc(m, '\\n');\n\tseq_putc(m, ' ');\n"),
+    )
+    status, document = build(change, "--kernel", target_56.release)
+    assert (status, document["result"]) == (0, "built"), document["refused"]
+    (row,) = document["warnings"]
+    assert row["rule"] == "compiler-warning"
+    assert "look here" in row["why"]
+
+
 def test_a_wrong_compiler_is_refused(
     build: Build, target_56: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
