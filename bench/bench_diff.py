@@ -1,4 +1,4 @@
-"""What `kmend diff` takes in time and memory for one of Debian's large units and two of its largest.
+"""What `kmend diff` takes in time and memory for five of Debian's large units, two of amdgpu among them.
 
 The unit is compiled twice, the second time with one more statement in one of its functions.
 """
@@ -30,6 +30,12 @@ CHANGES = (
     Change("fs/ext4/mballoc.c", 'mb_debug(sb, "load group %u\\n", group);', " cond_resched();"),
     Change("kernel/bpf/verifier.c", "mutex_lock(&bpf_verifier_lock);", " cond_resched();"),
     Change("net/core/dev.c", "napi_hash_add(napi);", ' pr_info("added\\n");'),
+    Change(
+        "drivers/gpu/drm/amd/display/amdgpu_dm/amdgpu_dm.c",
+        "adev->dm.cached_state = drm_atomic_helper_suspend(adev_to_drm(adev));",
+        " cond_resched();",
+    ),
+    Change("drivers/gpu/drm/amd/amdgpu/gfx_v10_0.c", "adev->gfx.rlc.funcs->stop(adev);", " cond_resched();"),
 )
 
 
@@ -41,7 +47,10 @@ def pair(target: Target, change: Change, folder: Path) -> tuple[Path, Path, int]
     if change.line not in text:
         sys.exit(f"{change.source} has no line {change.line!r}")
     patched = text.replace(change.line, change.line + change.more, 1).encode()
-    tree = overlay.make_overlay(target.source, {change.source: patched}, folder / "tree")
+    # a unit that kbuild spells with `..` needs the folders on the way as folders of the overlay
+    tree = overlay.make_overlay(
+        target.source, {change.source: patched}, folder / "tree", also=[command.source]
+    )
     made = [
         compiling.compile_unit(target, unit, command, tree=place, out=folder / name).path
         for name, place in (("old", target.source), ("new", tree))
