@@ -20,6 +20,7 @@ has alternatives                 here, ``static_cpu_has``                       
 uses per-CPU variables           here: vmlinux's, ext4's, its own                here
 has a ``.cold`` part             here                                            – (GCC makes none there)
 has IBT, padding, call sites     –                                               here
+uses an export of a namespace    here, ``dma_buf_get``                           here
 must not be probed               here, ``kinds_note``, ``kinds_triple``          here
 calls a new function of another  here, ``ext4_kinds_helper``                     here
 unit
@@ -67,6 +68,7 @@ PROBE = r"""
 #include "kmend.h"
 
 DECLARE_STATIC_KEY_FALSE(sched_schedstats);
+struct dma_buf *dma_buf_get(int fd);
 
 int kinds_total;
 int kinds_note(int number);
@@ -102,6 +104,7 @@ KMEND_PRE_PATCH(kinds_before);
 static void kinds_after(struct klp_object *obj)
 {
 	pr_info("kinds: post-patch\n");
+	pr_info("kinds: buffer %ld\n", PTR_ERR(dma_buf_get(-1)));
 }
 KMEND_POST_PATCH(kinds_after);
 
@@ -321,6 +324,12 @@ def test_what_was_built(built: BuildReport) -> None:
     assert rows["ext4"]["ext4_kinds_helper"][0] == "new"
     assert built.verified.functions == built.verified.identical >= 9
     assert "tracepoint-silent" in {w.rule for w in built.warnings}
+
+
+def test_an_export_of_a_namespace(built: BuildReport, guest: Guest) -> None:
+    """A module that does not import the namespace is not loaded (kernel/module/main.c)."""
+    assert b"\0import_ns=DMA_BUF\0" in Path(built.module or "").read_bytes()
+    assert "kinds: buffer -9" in said(guest)  # -EBADF
 
 
 def test_how_its_code_is_laid_out(built: BuildReport, target: Target) -> None:
