@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The tests of one file stay on one worker, in order: those that share a guest follow each other.
 TEST_JOBS ?= $(shell nproc)
-CODE := $(wildcard src tests bench)
+CODE := $(wildcard src tests bench packaging)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: setup demo test lint lab bench sweep
+.PHONY: setup demo test lint lab bench sweep deb
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -27,6 +27,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+
+deb: $(READY)
+	@$(BIN)/python packaging/build_deb.py build
 
 lab: $(READY)
 	$(BIN)/pytest -m lab
