@@ -114,6 +114,17 @@ class _Run:
         return tuple(self.heard)
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a load would look at first: the file, the machine, and each check's outcome."""
+
+    module: ModuleFile
+    description: Description
+    elf: ElfFile
+    seen: Seen
+    checks: tuple[Check, ...]
+
+
 class Manager:
     """Acts on one machine. ``ask`` is asked at a stall when the policy is to ask."""
 
@@ -154,11 +165,7 @@ class Manager:
             finished = self._continue(there, module, interrupted, following, seen)
             if finished is not None:
                 return finished
-        without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
-        checks = [*preflight.look(self.place, module, without), *self._rules(view, problem, data, path)]
-        checks += self._code(module, view, seen)
-        if leftover is not None:
-            checks.append(_leftover_check(leftover))
+        checks = self._checks(module, data, seen, view, problem)
         refusals = tuple(row.refusal for row in checks if row.refusal is not None)
         if refusals:
             return ActionReport(
@@ -191,6 +198,44 @@ class Manager:
             return self._patched(run, following, before)
 
         return self._perform("load", module.name, f"from {path}", detail, seen, work)
+
+    def examine(self, path: str) -> Examined:
+        """Everything that :meth:`load` would look at before it loads; nothing is changed.
+
+        Raises:
+            UsageError, Failed: the file cannot be read or is no livepatch module.
+            Unable: the running kernel has no livepatch support.
+        """
+        from kmend.elf.reader import read
+        from kmend.module.describe import describe
+
+        fd = act.open_module(path)
+        try:
+            data = _contents(fd)
+        finally:
+            os.close(fd)
+        seen = self._observe()
+        self.progress.step(f"checking {path}")
+        view, problem = self._view(seen)
+        layout = self._layout(view)
+        module = read_module_file(data, path, layout)
+        elf = read(data, path)
+        checks = self._checks(module, data, seen, view, problem)
+        return Examined(module, describe(elf, layout, path), elf, seen, tuple(checks))
+
+    def _checks(
+        self, module: ModuleFile, data: bytes, seen: Seen, view: TargetView | None, problem: str
+    ) -> list[Check]:
+        leftover = next((row for row in seen.left if row.name == module.name), None)
+        without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
+        checks = [
+            *preflight.look(self.place, module, without),
+            *self._rules(view, problem, data, module.path),
+            *self._code(module, view, seen),
+        ]
+        if leftover is not None:
+            checks.append(_leftover_check(leftover))
+        return checks
 
     def _continue(
         self,

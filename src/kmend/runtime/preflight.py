@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kmend.core.errors import Refusal, Unable
 from kmend.core.live import Check, KernelState, LivePatch, Phase, tasks
 from kmend.core.target import VMLINUX
-from kmend.runtime import symbols
+from kmend.runtime import probes
 from kmend.runtime.observe import Seen
 from kmend.runtime.place import Place, is_folder, optional
-from kmend.runtime.symbols import RunningSymbol
+from kmend.runtime.symbols import RunningSymbol, SymbolTable
 
 #: kernel/module_signature.c
 SIGNED = b"~Module signature appended~\n"
@@ -203,15 +203,12 @@ def _functions(place: Place, module: ModuleFile, patches: Sequence[LivePatch]) -
             "functions", None, "which functions it replaces cannot be read without its kernel's target"
         )
         return
-    names = {row.name for row in module.wanted}
     try:
-        found = symbols.named(place, names)
+        table = SymbolTable(place)
     except Unable as error:
         yield Check("functions", None, error.what)
         return
-    refusals = [
-        refusal for row in module.wanted if (refusal := _missing(place, row, found.get(row.name, ())))
-    ]
+    refusals = [refusal for row in module.wanted if (refusal := _missing(place, row, table.named(row.name)))]
     late = sorted({row.object for row in module.wanted if not _is_loaded(place, row.object)})
     text = f"{len(module.wanted)} are where the module expects them" + (
         f"; not loaded yet, so not looked at: {', '.join(late)}" if late else ""
@@ -221,8 +218,8 @@ def _functions(place: Place, module: ModuleFile, patches: Sequence[LivePatch]) -
             yield _no("functions", refusal)
     else:
         yield Check("functions", True, text)
-    yield _redirected(place, module.wanted, patches)
-    yield _probed(place, module.wanted)
+    wanted = [(row.object, row.name, row.sympos) for row in module.wanted]
+    yield from probes.look(place, probes.entries(table, wanted, patches), table).checks
 
 
 def _is_loaded(place: Place, name: str) -> bool:
@@ -249,55 +246,6 @@ def _missing(place: Place, row: Wanted, found: Sequence[RunningSymbol]) -> Refus
             "build the patch anew for this kernel",
         )
     return None
-
-
-def _redirected(place: Place, wanted: Iterable[Wanted], patches: Sequence[LivePatch]) -> Check:
-    """Who else redirects one of these functions: two users of IPMODIFY exclude each other (ftrace.c)."""
-    table = next(
-        (
-            text
-            for folder in ("kernel/tracing", "kernel/debug/tracing")
-            if (text := optional(place.sys / folder / "enabled_functions")) is not None
-        ),
-        None,
-    )
-    if table is None:
-        return Check("redirections", None, "tracefs is not mounted: other users of ftrace cannot be seen")
-    ours = {f.name for patch in patches for obj in patch.objects for f in obj.functions}
-    names = {row.name for row in wanted}
-    for line in table.splitlines():
-        name, _, rest = line.partition(" ")
-        if name in names and name not in ours and " I" in rest.partition("tramp")[0]:
-            return _no(
-                "redirections",
-                Refusal(
-                    "ftrace-conflict",
-                    f"{name}() is redirected by something that is no livepatch",
-                    "the kernel lets one at a time change where a function goes (IPMODIFY)",
-                    "find it in /sys/kernel/tracing/enabled_functions and take it away first",
-                ),
-            )
-    return Check("redirections", True, "nothing else redirects these functions")
-
-
-def _probed(place: Place, wanted: Iterable[Wanted]) -> Check:
-    table = optional(place.sys / "kernel/debug/kprobes/list")
-    if table is None:
-        return Check("probes", None, "debugfs is not mounted: kprobes cannot be seen")
-    names = {row.name for row in wanted}
-    found = set()
-    for line in table.splitlines():
-        words = line.split()
-        if len(words) >= 3 and (name := words[2].partition("+")[0]) in names:
-            found.add(name)
-    if found:
-        return Check(
-            "probes",
-            True,
-            f"probed functions are replaced ({', '.join(sorted(found))}): a probe behind "
-            "their first instruction is not hit any more",
-        )
-    return Check("probes", True, "no kprobe is on these functions")
 
 
 def _no(name: str, refusal: Refusal) -> Check:
