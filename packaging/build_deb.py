@@ -1,7 +1,7 @@
 """``make deb``: build/kmend_VERSION_amd64.deb from this checkout and the libraries that it was tested with.
 
 Debian 12 lacks some of kmend's libraries and has others in versions that are too old, so all of them go
-into /usr/lib/kmend, as they lie in the environment that runs this (docs/decisions/0024-package.md). Needs
+into /usr/lib/kmend, as they lie in the environment that runs this (docs/decisions/0031-package.md). Needs
 no root and no network; the same checkout and environment give the same bytes.
 
     .venv/bin/python packaging/build_deb.py [OUT]
