@@ -13,7 +13,6 @@ import pytest
 from kmend.core.config import Config
 from kmend.core.target import Target
 from kmend.lab.guest import Guest
-from kmend.lab.host import Settings
 from kmend.lab.kernel import LabKernel
 
 pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.xdist_group("runtime-load")]
@@ -304,7 +303,7 @@ def test_no_more_modules(fresh: Guest) -> None:
 def test_the_later_line_of_kernels(target_612: Target, config: Config, tmp_path: Path) -> None:
     """6.12 shows `replace`; the rest is the same life."""
     built = bank.build(target_612, tmp_path)
-    with Guest.of(LabKernel.of(target_612), config.lab, Settings(cpus=2)) as running:
+    with Guest.of(LabKernel.of(target_612), config.lab) as running:
         guest = made(running, built)
         assert act(guest, "load", "/root/one.ko")["status"] == 0
         assert inside.answer(guest, "list")["patches"][0]["replace"] is False

@@ -295,6 +295,20 @@ def test_a_stall_has_its_blockers_and_a_task_is_not_woken_over_and_over(place: P
     assert 2 <= len(woken) <= 4
 
 
+def test_when_all_tasks_have_switched_the_kernel_gets_more_time(place: Place) -> None:
+    script: dict[float, dict[str, str] | None] = {
+        1.0: {"7/task/7/patch_state": "1\n"},
+        100.0: {"transition": "0\n"},
+    }
+    found = follower(Kernel(place, script), Phase.PATCHING, 4, []).run()
+    assert found.end is End.COMPLETE
+    assert found.seconds > 99
+    write(place.livepatch / "fix/transition", "1\n")
+    found = follower(Kernel(place, {}), Phase.PATCHING, 4, []).run()
+    assert (found.end, found.last) == (End.STALLED, None)
+    assert found.seconds > 299
+
+
 # -- checks before a load --------------------------------------------------------------------------
 
 
