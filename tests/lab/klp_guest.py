@@ -173,15 +173,22 @@ def _steps(rng: random.Random) -> list[Step]:
     return steps
 
 
-def quiesce(machine: Machine) -> None:
-    """Until no transition is going on, or the only tasks behind are asleep in a function of the scenario."""
+def quiesce(machine: Machine, *, hold: bool) -> None:
+    """Until no transition is going on, or the only tasks behind are asleep in a function of the scenario.
+
+    ``hold``: only after a retry, because a transition that is reversed looks at no stack at once.
+    """
     k = machine.k
     for _ in range(10):
         if k.klp_transition_patch is None:
             break
         behind = [task for task in k.tasks if task.patch_state != k.klp_target_state]
         if behind and all(task.stack for task in behind):
-            break
+            if not hold:
+                break
+            hold = False
+            advance(k, seconds(2.5))
+            continue
         advance(k, seconds(1.2))
     advance(k, 0)
 
@@ -194,7 +201,8 @@ def on_model(scenario: Scenario, line: Line, handler: Handler | None = None) -> 
     results = []
     for step in scenario.steps:
         results.append(str(machine.execute(step)))
-        quiesce(machine)
+        turned = isinstance(step, Write) and step.attribute == "enabled" and results[-1] == "0"
+        quiesce(machine, hold=turned)
     k = machine.k
     assert k.warned == [], k.warned
     shown = [f"{sysfs.ROOT}"]
@@ -260,7 +268,7 @@ class Ground:
     def __init__(self, target: Target, lab: Path, modules: dict[str, bytes]) -> None:
         self.target, self.lab, self.modules = target, lab, modules
         self.guest: Guest | None = None
-        self.starts = 0
+        self.starts = self.runs = 0
 
     def __enter__(self) -> Ground:
         return self
@@ -293,12 +301,13 @@ class Ground:
             KernelOops, LostGuest: the kernel did not survive it.
         """
         guest = self.ready()
-        began = len(guest.dmesg())
-        steps = "\n".join(f"{command(scenario, step)}\nquiesce" for step in scenario.steps)
-        done = guest.run(f"{STEPS}\n{steps}\necho LOG >/dev/kmsg\n{REPORT}", timeout=300)
+        self.runs += 1
+        first, last = f"kd: begin {self.runs}", f"kd: end {self.runs}"
+        steps = "\n".join(f"{command(scenario, step)}\nquiesce\nhold=" for step in scenario.steps)
+        script = f"echo '{first}' >/dev/kmsg\n{STEPS}\n{steps}\necho '{last}' >/dev/kmsg\n{REPORT}"
+        done = guest.run(script, timeout=300)
         lines = done.text.splitlines()
-        texts = [message.text for message in guest.dmesg()[began:]]
-        log = texts[: texts.index("LOG")]
+        log = between([message.text for message in guest.dmesg()], first, last)
         if "DIRTY" in lines:
             self.drop()
         results = [errno(line[2:]) for line in lines if line.startswith("R ")]

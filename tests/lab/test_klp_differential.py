@@ -5,12 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from klp_guest import Ground, build, on_model, random_scenario, shrink
+from klp_guest import FUNCTIONS, TASKS, Ground, build, on_model, random_scenario, shrink
 
 from kmend.core.config import Config
 from kmend.core.target import Target
 from kmend.klp.line import LINES
-from kmend.klp.structs import Function, Kernel, Ops, Task
+from kmend.klp.scenario import (
+    ALL_CALLBACKS,
+    Enter,
+    FuncDecl,
+    Leave,
+    Load,
+    ModuleDecl,
+    ObjectDecl,
+    PatchDecl,
+    Scenario,
+    TaskDecl,
+    Unload,
+    Wait,
+    Write,
+)
+from kmend.klp.structs import Function, Kernel, Ops, Sleep, Task, Wake
 
 pytestmark = [pytest.mark.lab, pytest.mark.target]
 
@@ -24,6 +39,29 @@ def ignore_transition(_k: Kernel, ops: Ops, _current: Task) -> Function | None:
 #: Seeds among which are some (249 to 251) in which a task calls a function while it is unpatched.
 #: bench/klp_differential.py runs as many as one likes.
 SEEDS = {"6.1": range(246, 254), "6.12": range(248, 252)}
+
+
+#: A sleeper that only the kernel's signals move, and one that they do not; then the way back is forced.
+SIGNALS = Scenario(
+    "signals and force",
+    FUNCTIONS[None],
+    (PatchDecl("p1", (ObjectDecl("kd_base", (FuncDecl("kd_f"),), ALL_CALLBACKS),)),),
+    (
+        Enter("a", "kd_f"),
+        Enter("b", "kd_g", Sleep.UNINTERRUPTIBLE, Wake.STAY),
+        Load("p1"),
+        Wait(19),
+        Leave("a"),
+        Enter("a", "kd_f", Sleep.UNINTERRUPTIBLE, Wake.STAY),
+        Write("p1", "enabled", "0"),
+        Write("p1", "force", "1"),
+        Unload("p1"),
+        Leave("a"),
+        Leave("b"),
+    ),
+    (ModuleDecl("kd_base", FUNCTIONS["kd_base"]),),
+    tuple(TaskDecl(name) for name in TASKS),
+)
 
 
 @pytest.mark.parametrize(("release", "line"), [("55", "6.1"), ("612", "6.12")])
@@ -40,6 +78,11 @@ def test_random_scenarios_end_as_on_the_real_kernel(
             if on_model(scenario, LINES[line]).differences(seen[-1][1]):
                 least, found = shrink(ground, scenario, LINES[line])
                 pytest.fail(f"{scenario.name}, {least.patches}, {least.steps}\n" + "\n".join(found))
+        # the last one: it leaves a module behind that can never go
+        signalled = ground.run(SIGNALS)
+    assert "livepatch: signaling remaining tasks" in signalled.log
+    assert signalled.results == ("kd_base", "kd_base", "0", "0", "p1", "p1", "0", "0", "-11", "p1", "kd_base")
+    assert on_model(SIGNALS, LINES[line]).differences(signalled) == []
     assert sum(len(observed.results) for _, observed in seen) == 11 * len(SEEDS[line])
     found_out = [
         scenario.name

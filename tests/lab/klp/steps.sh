@@ -20,7 +20,11 @@ quiesce() {
             behind=$(grep -l "^$((1 - target))" /proc/[0-9]*/patch_state 2>/dev/null | sed 's,/proc/,,;s,/.*,,')
             others=
             for pid in $behind; do case " $pids " in *" $pid "*) ;; *) others=1;; esac; done
-            [ -n "$behind" ] && [ -z "$others" ] && return
+            if [ -n "$behind" ] && [ -z "$others" ]; then
+                [ -n "$hold" ] || return
+                # a reversed transition looks at stacks with its next retry only
+                hold=; usleep 2500000; continue
+            fi
         else
             going || { usleep 20000; return; }
         fi
@@ -32,7 +36,8 @@ load() { m=$1; shift; t=$(/usr/sbin/insmod /root/$m.ko "$@" 2>&1) && echo "R 0" 
 unload() { t=$(rmmod $1 2>&1) && echo "R 0" || echo "R $t"; }
 put() {
     [ -e $S/$1 ] || { echo "R No such file or directory"; return; }
-    t=$( (echo $2 >$S/$1) 2>&1) && echo "R 0" || echo "R $t"
+    t=$( (echo $2 >$S/$1) 2>&1) && echo "R 0" || { echo "R $t"; return; }
+    case $1 in */enabled) hold=1;; esac
 }
 slot() { read -r s0 s1 s2 </proc/kd/slots; eval echo \$s$1; }
 callf() { [ -e $1 ] || { echo "R No such file or directory"; return; }; read -r v rest <$1; echo "R $v"; }
@@ -47,4 +52,4 @@ leave() {
     echo $1 >/proc/kd/release; wait $p; eval pid$1=; pids=" $(echo "$pids" | sed "s/ $p\b//") "
     echo "R $(cat /root/out.$1)"
 }
-pids=; pid0=; pid1=; pid2=
+hold=; pids=; pid0=; pid1=; pid2=
