@@ -42,7 +42,7 @@ from kmend.runtime import act, blockers, journal, klog, preflight
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.journal import Action, Journal
 from kmend.runtime.observe import Seen, observe
-from kmend.runtime.patches import IDENTITY, identity
+from kmend.runtime.patches import IDENTITY, identity, read_patch
 from kmend.runtime.place import Place
 from kmend.runtime.preflight import ModuleFile, Wanted
 from kmend.runtime.wake import interrupt
@@ -483,7 +483,10 @@ class Manager:
                         "kmend status --watch",
                     )
                 case Choice.REVERSE:
-                    return self._reverse(run, goal, following, found)
+                    now = read_patch(self.place, run.patch, objects=False)
+                    if now is not None and now.phase is goal:
+                        return self._reverse(run, goal, following, found)
+                    run.step("it ended just then")  # the next round says how
 
     def _choice(self, on_stall: OnStall, last: Transition | None) -> Choice:
         match on_stall:

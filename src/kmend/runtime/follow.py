@@ -16,7 +16,6 @@ from kmend.core.live import (
     Cause,
     End,
     Followed,
-    LivePatch,
     Phase,
     Sample,
     Step,
@@ -200,8 +199,3 @@ class Follower:
             self._said = text
             self.steps.append(Step(round(self._seconds(), 3), text))
             self.progress.step(f"{self.goal.value} {self.name}: {text}")
-
-
-def phase_of(place: Place, name: str) -> LivePatch | None:
-    """The patch as it is now, without its objects."""
-    return read_patch(place, name, objects=False)

@@ -1,0 +1,213 @@
+"""The manager's decisions on a machine of files: what it refuses, what it goes on with, how a stall ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kmend import manager as module
+from kmend.core.config import Config
+from kmend.core.errors import UsageError
+from kmend.core.live import End, Followed, Phase, Result
+from kmend.core.progress import Silent
+from kmend.manager import Choice, Following, Manager, OnStall
+from kmend.runtime import act
+from kmend.runtime.follow import Patience
+from kmend.runtime.journal import Journal
+from kmend.runtime.place import Place
+
+
+def write(path: Path, contents: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(contents)
+
+
+class Machine:
+    """Files of a kernel that has one patch, and what is done to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.place = Place(root / "sys", root / "proc", root / "dev", root / "run")
+        self.state = root / "state"
+        self.done: list[str] = []
+        self.ends: list[End] = []
+        self.goals: list[Phase] = []
+        self.choices: list[Choice] = []
+        for name, value in (("osrelease", "6.1.0"), ("random/boot_id", "b"), ("tainted", "0")):
+            write(self.place.proc / "sys/kernel" / name, value)
+        write(self.place.proc / "modules", "fix 1 1 - Live 0x0\n")
+        self.place.livepatch.mkdir(parents=True)
+        self.place.run.mkdir()
+
+    def patch(self, enabled: int = 1, transition: int = 0) -> None:
+        write(self.place.livepatch / "fix/enabled", f"{enabled}\n")
+        write(self.place.livepatch / "fix/transition", f"{transition}\n")
+        self.left()
+
+    def left(self) -> None:
+        write(self.place.module("fix") / "initstate", "live\n")
+        write(self.place.module("fix") / "taint", "OEK\n")
+        write(self.place.module("fix") / "refcnt", "0\n")
+
+    def manager(self) -> Manager:
+        config = Config(Path("/none"), self.state, 1, "")
+        return Manager(config, Silent(), place=self.place, ask=lambda _last: self.choices.pop(0))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The kernel's side is written down; transitions end as ``ends`` says."""
+    made = Machine(tmp_path)
+
+    def enabled(_place: Place, name: str, value: bool, _messages: object) -> bool:
+        made.done.append(f"{name} {'1' if value else '0'}")
+        return True
+
+    class Follower:
+        def __init__(self, _place: Place, _name: str, goal: Phase, patience: Patience, _p: object) -> None:
+            made.goals.append(goal)
+            self.patience = patience
+
+        def run(self) -> Followed:
+            return Followed(made.ends.pop(0), self.patience.limit)
+
+    monkeypatch.setattr(act, "require_power", lambda *_: None)
+    monkeypatch.setattr(act, "set_enabled", enabled)
+    monkeypatch.setattr(act, "force", lambda _p, name, _m: made.done.append(f"{name} force"))
+    monkeypatch.setattr(act, "remove", lambda _p, name, **_: made.done.append(f"rmmod {name}"))
+    monkeypatch.setattr(module, "Follower", Follower)
+    return made
+
+
+def test_unload_disables_follows_and_removes(machine: Machine) -> None:
+    machine.patch()
+    machine.ends = [End.COMPLETE]
+    report = machine.manager().unload("fix", Following())
+    assert (report.result, machine.done) == (Result.DONE, ["fix 0", "rmmod fix"])
+    assert machine.goals == [Phase.UNPATCHING]
+    rows = Journal(machine.state, "b").records()
+    assert rows[0].event == "begin"
+    assert (rows[-1].event, rows[-1].result) == ("end", "done")
+
+
+@pytest.mark.parametrize(
+    ("enabled", "transition", "done"),
+    [
+        (1, 1, ["fix 0", "rmmod fix"]),  # patching: turned round
+        (0, 1, ["rmmod fix"]),  # being taken back already: gone on with
+    ],
+)
+def test_unload_in_a_transition(machine: Machine, enabled: int, transition: int, done: list[str]) -> None:
+    machine.patch(enabled, transition)
+    machine.ends = [End.COMPLETE]
+    assert machine.manager().unload("fix", Following()).result is Result.DONE
+    assert machine.done == done
+
+
+def test_what_is_left_of_a_patch_is_removed_without_more(machine: Machine) -> None:
+    machine.left()
+    assert machine.manager().unload("fix", Following()).result is Result.DONE
+    assert machine.done == ["rmmod fix"]
+
+
+def test_a_patch_that_does_not_go_stays_as_it_was(machine: Machine) -> None:
+    machine.patch()
+    (machine.place.livepatch / "fix/enabled").write_text("0\n")
+    (machine.place.livepatch / "fix/transition").write_text("1\n")
+    machine.ends = [End.STALLED, End.COMPLETE]
+    report = machine.manager().unload("fix", Following(patience=Patience(limit=3)))
+    assert report.result is Result.REVERSED
+    assert [row.rule for row in report.refused] == ["transition-stalled"]
+    assert machine.done == ["fix 1"]
+    assert machine.goals == [Phase.UNPATCHING, Phase.PATCHING]
+    assert report.followed[1].seconds == 60.0  # the way back gets its time
+    machine.ends = [End.STALLED, End.STALLED]
+    report = machine.manager().unload("fix", Following())
+    assert (report.result, len(report.refused)) == (Result.STALLED, 2)
+
+
+def test_one_that_ended_at_the_last_moment_is_not_turned_round(machine: Machine) -> None:
+    machine.patch(0, 1)
+
+    def gone() -> End:
+        for name in ("enabled", "transition"):
+            (machine.place.livepatch / "fix" / name).unlink()
+        return End.STALLED
+
+    class Ends(list[End]):
+        def pop(self, _at: object = 0) -> End:
+            return gone() if (machine.place.livepatch / "fix/enabled").exists() else End.COMPLETE
+
+    machine.ends = Ends()
+    report = machine.manager().unload("fix", Following())
+    assert (report.result, machine.done) == (Result.DONE, ["rmmod fix"])
+
+
+@pytest.mark.parametrize(
+    ("choices", "ends", "result"),
+    [
+        ([Choice.LEAVE], [End.STALLED], Result.PENDING),
+        ([Choice.WAIT, Choice.WAIT], [End.STALLED, End.STALLED, End.COMPLETE], Result.DONE),
+        ([Choice.REVERSE], [End.STALLED, End.COMPLETE], Result.REVERSED),
+    ],
+)
+def test_who_is_asked_decides(
+    machine: Machine, choices: list[Choice], ends: list[End], result: Result
+) -> None:
+    machine.patch(0, 1)
+    machine.choices, machine.ends = choices, ends
+    report = machine.manager().unload("fix", Following(on_stall=OnStall.ASK))
+    assert report.result is result
+
+
+@pytest.mark.parametrize(
+    ("act_on", "rule"),
+    [
+        (lambda m: m.enable("fix", Following()), "not-enabled-again"),
+        (lambda m: m.force("fix", confirmed=True), "no-transition"),
+        (lambda m: m.signal("fix"), "no-transition"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(
+    machine: Machine, act_on: Callable[[Manager], object], rule: str
+) -> None:
+    machine.left()
+    report = act_on(machine.manager())
+    assert isinstance(report, module.ActionReport)
+    assert [row.rule for row in report.refused] == [rule]
+    assert machine.done == []
+
+
+def test_force_is_remembered_in_the_journal(machine: Machine) -> None:
+    machine.patch(1, 1)
+    assert machine.manager().force("fix", confirmed=False).result is Result.REFUSED
+    assert machine.done == []
+    machine.ends = [End.COMPLETE]
+    assert machine.manager().force("fix", confirmed=True).result is Result.DONE
+    assert machine.done == ["fix force"]
+    machine.patch(1, 0)
+    seen = module.observe(machine.place, machine.state)
+    assert [row.forced for row in seen.patches] == [True]
+
+
+def test_a_killed_one_is_written_down_by_the_next(machine: Machine) -> None:
+    machine.patch()
+    manager = machine.manager()
+    interrupted = module.journal.who(machine.place, "kmend unload fix")
+    Journal(machine.state, "b").begin("unload", "fix", replace(interrupted, pid=1), "it is enabled", {})
+    assert [row.verb for row in module.observe(machine.place, machine.state).unfinished] == ["unload"]
+    machine.ends = [End.COMPLETE]
+    manager.unload("fix", Following())
+    assert module.observe(machine.place, machine.state).unfinished == ()
+    ends = [row for row in Journal(machine.state, "b").records() if row.event == "end"]
+    assert [row.result for row in ends] == ["interrupted", "done"]
+
+
+def test_an_unknown_name(machine: Machine) -> None:
+    with pytest.raises(UsageError) as error:
+        machine.manager().unload("absent", Following())
+    assert error.value.rule == "unknown-patch"
+    assert not os.listdir(machine.place.livepatch)  # noqa: PTH208 - names alone
