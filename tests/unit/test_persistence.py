@@ -219,6 +219,8 @@ def test_the_switches(place: Place, tmp_path: Path) -> None:
     ):
         (place.proc / "cmdline").write_text(line)
         assert bool(persistence.switched_off(place, off)) is word
+    (place.proc / "vmcore").write_text("")
+    assert "crash kernel" in persistence.switched_off(place, off)
 
 
 # -- power cuts ------------------------------------------------------------------------------------

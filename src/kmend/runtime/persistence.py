@@ -144,6 +144,8 @@ def switched_off(place: Place, off_file: Path = OFF_FILE) -> str:
     """By what loading at boot is switched off; '' when it is not."""
     if OFF_WORD in (optional(place.proc / "cmdline") or "").split():
         return f"{OFF_WORD} on the kernel's command line"
+    if (place.proc / "vmcore").exists():  # fs/proc/vmcore.c: only where the memory of a dead kernel is
+        return "this being a crash kernel, started to save the memory of another (/proc/vmcore)"
     try:
         off_file.lstat()
     except (FileNotFoundError, NotADirectoryError):
