@@ -47,6 +47,7 @@ VERBS = (
     Verb("module", "kmend.cli.module", "turn hand-written replacement functions into a livepatch module"),
     Verb("diff", "kmend.cli.diff", "compare two object files: changed, new and removed functions, data"),
     Verb("check", "kmend.cli.check", "hold a livepatch module against every rule; changes nothing"),
+    Verb("plan", "kmend.cli.plan", "say what loading a module would do on this machine; changes nothing"),
     Verb("try", "kmend.cli.try_", "boot the kernel in a virtual machine and load the module there"),
     Verb("kernel", "kmend.cli.kernel", "fetch, list and show target kernels"),
     Verb("load", "kmend.cli.load_", "check a module, load it, bring its transition to its end"),

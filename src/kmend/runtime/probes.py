@@ -94,10 +94,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What was found. ``warnings`` do not stand in the way of loading, but somebody should know."""
+    """What was found. ``warnings`` do not stand in the way of loading, but somebody should know.
+
+    ``excluded`` are the addresses of functions to which the kernel would not let a livepatch attach,
+    ``entryless`` of those without an ftrace entry.
+    """
 
     checks: tuple[Check, ...]
     warnings: tuple[Refusal, ...]
+    excluded: frozenset[int] = frozenset()
+    entryless: frozenset[int] = frozenset()
 
 
 def read_traced(place: Place) -> tuple[Traced, ...] | None:
@@ -215,13 +221,22 @@ def next_start(starts: Sequence[int], address: int) -> int | None:
 def look(place: Place, functions: Sequence[Entry], table: SymbolTable) -> Hooks:
     """Hold the entries that a livepatch wants against everybody else's."""
     traced, probes, traceable = read_traced(place), read_probes(place), read_traceable(place)
+    excluded: set[int] = set()
     rows = [
         *_entries(functions, traceable),
-        *_redirected(functions, traced, probes, table),
+        *_redirected(functions, traced, probes, table, excluded),
         *_probed(functions, probes),
     ]
-    checks = [row for row in rows if isinstance(row, Check)]
-    return Hooks(tuple(checks), tuple(row for row in rows if isinstance(row, Refusal)))
+    return Hooks(
+        tuple(row for row in rows if isinstance(row, Check)),
+        tuple(row for row in rows if isinstance(row, Refusal)),
+        frozenset(excluded),
+        frozenset(row.address for row in functions if _lacks(row, traceable)),
+    )
+
+
+def _lacks(entry: Entry, traceable: frozenset[tuple[str, str]] | None) -> bool:
+    return traceable is not None and (entry.object, entry.shown) not in traceable
 
 
 def _tracefs(place: Place, name: str) -> str | None:
@@ -237,7 +252,7 @@ def _entries(functions: Sequence[Entry], traceable: frozenset[tuple[str, str]] |
     if traceable is None:
         yield Check("ftrace entries", None, "tracefs is not mounted: which functions have one cannot be seen")
         return
-    lacking = [row for row in functions if (row.object, row.shown) not in traceable]
+    lacking = [row for row in functions if _lacks(row, traceable)]
     for row in lacking:
         refusal = Refusal(
             "no-ftrace-entry",
@@ -255,6 +270,7 @@ def _redirected(
     traced: tuple[Traced, ...] | None,
     probes: tuple[Probe, ...] | None,
     table: SymbolTable,
+    excluded: set[int],
 ) -> Iterator[Check | Refusal]:
     if traced is None:
         yield Check("redirections", None, "tracefs is not mounted: other users of ftrace cannot be seen")
@@ -262,7 +278,6 @@ def _redirected(
     by_name: dict[tuple[str, str], list[Traced]] = {}
     for row in traced:
         by_name.setdefault((row.object, row.function), []).append(row)
-    stands = False
     for entry in functions:
         rows = by_name.get((entry.object, entry.shown), [])
         changing = [row for row in rows if "I" in row.flags]
@@ -276,18 +291,18 @@ def _redirected(
                     "look for a kprobe with a post handler, or another livepatch of the name",
                 )
             else:
-                stands = True
+                excluded.add(entry.address)
                 refusal = _conflict(entry, changing[0], probes)
                 yield Check("redirections", False, refusal.what, refusal)
         for row in rows:
             if "D" in row.flags:
                 found = _direct(entry, row, table)
-                stands = stands or found.rule == "ftrace-conflict"
                 if found.rule == "ftrace-conflict":
+                    excluded.add(entry.address)
                     yield Check("redirections", False, found.what, found)
                 else:
                     yield found
-    if not stands:
+    if not excluded:
         yield Check("redirections", True, "nothing that excludes a livepatch redirects these functions")
 
 
