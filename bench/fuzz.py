@@ -31,7 +31,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -56,6 +56,7 @@ from kmend.patch.apply import apply
 from kmend.patch.definitions import edited_functions
 from kmend.patch.extract import find_function, includes, needed_by
 from kmend.patch.intake import parse, read_series
+from kmend.patch.items import added_names, unseen
 from kmend.patch.lines import origins_of, with_line_control
 from kmend.patch.reach import reach
 from kmend.report.objects import to_document, to_text
@@ -280,6 +281,9 @@ class AllUnits:
     def including(self, header: str, /) -> tuple[Unit, ...]:
         return self.units("kernel/one.c") if header.startswith("include/") else ()
 
+    def mentioning(self, names: Iterable[str], /) -> frozenset[str]:
+        return frozenset({"kernel/one.c"} if "three" in names else ())
+
 
 def patch(
     texts: list[tuple[str, bytes]], read_tree: Callable[[str], bytes | None], fuzz: int, strip: int | None
@@ -321,6 +325,8 @@ def _c_text(data: bytes) -> str:
     if functions:
         "".join(needed_by(text, tuple(functions), lambda name: name == "count").parts())
     with_line_control(data, origins_of(ONE, data))
+    unseen(ONE, data)
+    added_names(ONE, data)
     return "C text"
 
 
