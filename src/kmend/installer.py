@@ -567,7 +567,7 @@ def _off(by: str) -> Refusal:
         f"by {by}",
         f"rm {OFF_FILE}"
         if by.startswith("the file")
-        else "boot without it, or load by name: kmend load FILE",
+        else "boot without that, or load by name: kmend load FILE",
     )
 
 
