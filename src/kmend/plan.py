@@ -211,6 +211,16 @@ class Planner:
     def _forecast(self, model: Model, table: SymbolTable, number: int) -> Forecast:
         seeker, patch = model.seeker(table)
         found = looks(self.place, seeker, patch, self.samples)
+        if found.busy:
+            shown = ", ".join(f"{tid} ({name})" for tid, name in found.busy[:_SHOWN])
+            self.warnings.append(
+                Refusal(
+                    "thread-running",
+                    f"kernel threads that ran on a processor at every look: {shown}",
+                    "the stack of a running task is not shown, and the kernel cannot switch it",
+                    "if they never sleep the transition does not end: kmend load takes the patch back then",
+                )
+            )
         if number:
             return Forecast(found.looks, found.inside, None, None, "it would not be loaded")
         cpus = os.cpu_count() or 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kmend.core.errors import Refusal
 from kmend.core.live import tasks
-from kmend.core.plan import Forecast, FuncStack, Inside, Plan, StackEntry, Verdict
+from kmend.core.plan import Forecast, FuncStack, Inside, Leaves, Plan, StackEntry, Verdict
 from kmend.report.live import blocker_document, blocker_line, kernel_document
 
 #: People's text names so many tasks and func stacks; the JSON document has all.
@@ -15,6 +15,12 @@ _WORDS = {
     Verdict.LOADS: "would load",
     Verdict.STALLS: "would load, but its transition is not seen to end",
     Verdict.REFUSED: "would be refused",
+}
+_LEAVES = {
+    Leaves.ITSELF: "by itself",
+    Leaves.SIGNAL: "when interrupted",
+    Leaves.EVENT: "only when what it waits for comes",
+    Leaves.NEVER: "never: it is the thread's main function",
 }
 
 
@@ -185,10 +191,9 @@ def _seconds(row: Forecast) -> str:
 
 
 def _inside(row: Inside, looks: int) -> str:
-    function = row.blocker.function
-    certain = "" if row.certain else ", perhaps one that changes"
     code = f" [{row.blocker.object}]" if row.blocker.object else ""
+    certain = "" if row.certain else " (perhaps one that changes)"
     return (
-        f"{blocker_line(row.blocker)}; seen in {function}(){code}{certain} at {row.seen} of {looks} looks, "
-        f"leaves: {row.leaves.value}"
+        f"{blocker_line(row.blocker)}{code}{certain}, at {row.seen} of {looks} looks; "
+        f"leaves: {_LEAVES[row.leaves]}"
     )

@@ -32,7 +32,7 @@ _ENABLED = re.compile(r"^([^\s(]+)(?: \[([^\]]+)\])? \((\d+)\)([^\t]*)(.*)$")
 _CALLED = re.compile(r"(?:\(|->)([^\s()+]+)\+0x")
 _DIRECT = re.compile(r"^\tdirect-->(\S+)")
 #: A line of the table of kprobes; the address is 0 for users that may not see it.
-_KPROBE = re.compile(r"^([0-9a-f]+) +([kr]) +(\S+?)(?:\+0x([0-9a-f]+))?(?:/0x[0-9a-f]+)? *(.*)$")
+_KPROBE = re.compile(r"^([0-9a-f]+) +([kr]) +([^\s+]+)(?:\+0x([0-9a-f]+))?(?:/0x[0-9a-f]+)?(?:\s+(.*))?$")
 #: The prefix of the names that BPF trampolines have in kallsyms (kernel/bpf/trampoline.c).
 _BPF = "bpf_trampoline_"
 #: The function through which a BPF trampoline learns to share; its presence tells that it can.
@@ -139,8 +139,9 @@ def read_probes(place: Place) -> tuple[Probe, ...] | None:
         match = _KPROBE.match(line)
         if match is None:
             continue
-        module, _, flags = match[5].partition("[") if not match[5].startswith("[") else ("", "", match[5])
-        if "[GONE]" in match[5]:  # its module has been unloaded
+        # NAME+OFFSET, a module without brackets, then [FLAG][FLAG]
+        module, _, flags = (match[5] or "").partition("[")
+        if "GONE]" in flags:  # its module has been unloaded
             continue
         rows.append(
             Probe(
