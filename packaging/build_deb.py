@@ -86,7 +86,7 @@ def copy_distribution(one: importlib.metadata.Distribution, to: Path) -> None:
             continue
         target = to / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(one.locate_file(file), target)
+        shutil.copyfile(str(one.locate_file(file)), target)
 
 
 def tracked(folder: str) -> Iterator[Path]:
@@ -148,7 +148,7 @@ def copyright_text() -> str:
     ]
     for one in distributions("kmend"):
         meta = one.metadata
-        licence = meta.get("License-Expression") or meta.get("License") or "see there"
+        licence = next((meta[key] for key in ("License-Expression", "License") if meta[key]), "see there")
         lines.append(f"  {meta['Name']} {one.version}: {licence.splitlines()[0]}")
     return "\n".join(lines) + "\n"
 

@@ -229,7 +229,8 @@ def _zsh_values(kind: str) -> str:
             return "_files -/"
         case ("files", _, _):
             return "_files"
-    return " "
+        case _:
+            return " "
 
 
 def zsh(top: Page) -> str:
