@@ -83,6 +83,10 @@ def patch_decls(draw: st.DrawFn) -> tuple[PatchDecl, ...]:
     return tuple(decls)
 
 
+#: A busy machine must not fail a test.
+STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
 class Livepatching(RuleBasedStateMachine):
     """Patches and modules come and go while tasks call functions, nest and sleep in them."""
 
@@ -277,12 +281,7 @@ class Seeded(Livepatching):
     handler = staticmethod(ignore_transition)
 
 
-LOOK = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+LOOK = settings(STEADY, max_examples=150, stateful_step_count=40)
 #: Ends with the first failure, as it was found.
 FIRST = settings(LOOK, max_examples=300, report_multiple_bugs=False, phases=[Phase.generate])
 TestLivepatching = Livepatching.TestCase
@@ -296,6 +295,7 @@ def test_a_handler_that_ignores_transition_is_found() -> None:
         run_state_machine_as_test(Seeded, settings=FIRST)
 
 
+@STEADY
 @given(
     transition=st.booleans(),
     state=st.sampled_from((UNPATCHED, PATCHED)),
@@ -313,6 +313,7 @@ def test_the_explorers_handler_decides_as_the_models(transition: bool, state: in
     assert redirect(k, old, task) is (klp_ftrace_handler(k, ops, task) or old)
 
 
+@STEADY
 @given(patches=patch_decls(), sleeper=st.sampled_from(FUNCTIONS), line=st.sampled_from(sorted(LINES)))
 def test_enabling_and_reversing_leaves_nothing_behind(
     patches: tuple[PatchDecl, ...], sleeper: str, line: str
@@ -332,6 +333,7 @@ def test_enabling_and_reversing_leaves_nothing_behind(
     assert view(machine.k) == before
 
 
+@STEADY
 @given(patches=patch_decls(), order=st.permutations(range(3)))
 def test_a_replacing_patch_is_left_alone(patches: tuple[PatchDecl, ...], order: list[int]) -> None:
     last = PatchDecl("p3", patches[3].objs, replace=True)
