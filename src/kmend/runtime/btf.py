@@ -5,6 +5,7 @@ Format: Documentation/bpf/btf.rst. Of its 130,000 types only those that are aske
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def structures(place: Place, names: Iterable[str]) -> dict[str, Structure]:
         raise Unable(f"{path} is not there", why="the kernel shows no BTF", rule="no-btf")
     try:
         return parse(blob, names)
-    except (struct.error, KeyError, IndexError) as error:
+    except (struct.error, KeyError, IndexError, ValueError) as error:
         raise Unable(f"{path} cannot be read", why=f"unknown form: {error}", rule="no-btf") from error
 
 
@@ -51,27 +52,61 @@ def parse(blob: bytes, names: Iterable[str]) -> dict[str, Structure]:
     """As :func:`structures`, from the file's bytes.
 
     Raises:
-        struct.error, KeyError, IndexError: it is damaged or of a later form.
+        struct.error, LookupError, ValueError: it is damaged or of a later form.
     """
     magic, _, _, head, type_at, type_size, text_at, text_size = _HEADER.unpack_from(blob)
     if magic != _MAGIC:
         raise KeyError("magic")
     text = blob[head + text_at : head + text_at + text_size]
     wanted = {at + 1: name for name in names if (at := text.find(f"\0{name}\0".encode())) >= 0}
+    quick = _found_by_bytes(blob[head + type_at : head + type_at + type_size], text, wanted)
+    if quick is not None:
+        return quick
     found: dict[str, Structure] = {}
     at, end = head + type_at, head + type_at + type_size
     unpack = struct.Struct("<III").unpack_from
     while at < end:
-        name, info, size = unpack(blob, at)
+        name, info, _ = unpack(blob, at)
         kind, count = info >> 24 & 0x1F, info & 0xFFFF
         fixed, each = _TAIL[kind]
         if kind == _STRUCT and name in wanted:
-            members = {}
-            bitfields = info >> 31
-            for row in range(count):
-                label, _, offset = unpack(blob, at + 12 + 12 * row)
-                word = text[label : text.index(b"\0", label)].decode(errors="replace")
-                members[word] = (offset & 0xFFFFFF if bitfields else offset) // 8
-            found[wanted[name]] = Structure(size, members)
+            found[wanted[name]] = _structure(blob, at, text)
         at += 12 + fixed + each * count
+    return found
+
+
+def _structure(blob: bytes, at: int, text: bytes) -> Structure:
+    """The structure whose description begins at ``at``."""
+    _, info, size = struct.unpack_from("<III", blob, at)
+    members = {}
+    for row in range(info & 0xFFFF):
+        label, _, offset = struct.unpack_from("<III", blob, at + 12 + 12 * row)
+        if label and text[label - 1] != 0:
+            raise KeyError("no name begins there")
+        word = text[label : text.index(b"\0", label)].decode(errors="replace")
+        members[word] = (offset & 0xFFFFFF if info >> 31 else offset) // 8
+    return Structure(size, members)
+
+
+def _found_by_bytes(types: bytes, text: bytes, wanted: dict[int, str]) -> dict[str, Structure] | None:
+    """Each structure by the bytes of its name's number, where exactly one place can be its description.
+
+    Stepping over 130,000 types takes a second on a slow machine. None: some name is not found so simply.
+    """
+    found = {}
+    for number, name in wanted.items():
+        needle = struct.pack("<I", number)
+        places = []
+        at = types.find(needle)
+        while at >= 0:
+            if at % 4 == 0 and len(types) >= at + 12:
+                _, info, _ = struct.unpack_from("<III", types, at)
+                if info >> 24 & 0x1F == _STRUCT and info & 0xFFFF and not info & 0x60FF0000:
+                    # any of these: another number that looks like it
+                    with contextlib.suppress(struct.error, KeyError, IndexError, ValueError):
+                        places.append(_structure(types, at, text))
+            at = types.find(needle, at + 1)
+        if len(places) != 1:
+            return None
+        found[name] = places[0]
     return found
