@@ -55,6 +55,7 @@ from kmend.klp.structs import (
     Kernel,
     Kind,
     Ops,
+    Patch,
     Shadow,
     Sleep,
     Task,
@@ -106,6 +107,9 @@ class Livepatching(RuleBasedStateMachine):
             decl.name: {func.old_name for obj in decl.objs for func in obj.funcs} for decl in patches
         }
         self.was_forced = False
+        #: of every patch that was ever enabled: function to its code, and to the code that it took over from
+        self.new: dict[Patch, dict[int, int]] = {}
+        self.old: dict[Patch, dict[int, int]] = {}
 
     # what an administrator does
 
@@ -213,12 +217,27 @@ class Livepatching(RuleBasedStateMachine):
 
     @invariant()
     def no_stack_mixes_old_and_new_code(self) -> None:
+        """Of one patch. A newer one may take over one of its functions while a task is in another."""
+        self._learn()
         if self.was_forced:
             return
-        for name, functions in self.changes.items():
+        for patch, new in self.new.items():
+            old = self.old[patch]
             for task in self.tasks:
-                versions = {f.code.module == name for f in task.stack if f.function.name in functions}
-                assert len(versions) <= 1, f"{task.comm} is in old and new code of {name}: {task.stack}"
+                frames = [(frame.function.addr, frame.code.addr) for frame in task.stack]
+                in_new = [row for row in frames if row in new.items()]
+                in_old = [row for row in frames if row in old.items()]
+                assert not (in_new and in_old), f"{task.comm} is in both of {patch.name}: {task.stack}"
+
+    def _learn(self) -> None:
+        """Which code each func stands for, and which it took over from, when it is first seen."""
+        for addr, ops in self.k.klp_ops.items():
+            codes = [func.new_func.addr for func in ops.func_stack if func.new_func]
+            assert len(codes) == len(ops.func_stack)
+            for func, code, below in zip(ops.func_stack, codes, [*codes[1:], addr], strict=True):
+                assert func.patch
+                self.new.setdefault(func.patch, {}).setdefault(addr, code)
+                self.old.setdefault(func.patch, {}).setdefault(addr, below)
 
     @invariant()
     def without_a_transition_nothing_is_in_transition(self) -> None:
