@@ -1,0 +1,345 @@
+"""Patches that come back at boot, in guests of a stock kernel whose disk outlives them.
+
+A guest has no systemd: its boot is the command of the unit, `kmend load --all --boot`; a power cut is QEMU
+killed. The disk keeps what the guest's kernel had written to it, and nothing of its page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import inside
+import pytest
+
+from kmend.core.config import Config
+from kmend.core.run import run
+from kmend.core.target import Target
+from kmend.lab.guest import Guest
+from kmend.lab.host import Settings
+from kmend.lab.kernel import LabKernel
+from kmend.lab.outcome import KernelOops, LostGuest
+
+pytestmark = [pytest.mark.lab, pytest.mark.target]
+
+ROOT = Path(__file__).parents[2]
+FRAME = """
+#include <linux/livepatch.h>
+#include <linux/module.h>
+#include <linux/seq_file.h>
+#include <linux/timer.h>
+static int replacement(struct seq_file *m, void *v) {{ seq_puts(m, "{name}\\n"); return 0; }}
+static struct klp_func funcs[] = {{ {{ .old_name = "{old}", .new_func = replacement }}, {{ }} }};
+static struct klp_object objs[] = {{ {{ .funcs = funcs }}, {{ }} }};
+static struct klp_patch patch = {{ .mod = THIS_MODULE, .objs = objs, .replace = {replace} }};
+{extra}
+static int __init start(void) {{ {first} return klp_enable_patch(&patch); }}
+static void __exit end(void) {{ }}
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+MODULE_INFO(livepatch, "Y");
+"""
+#: Panics some seconds after loading, when everything seems well.
+BOMB = """
+static unsigned int delay = 20;
+module_param(delay, uint, 0444);
+static void boom(struct timer_list *t) { panic("kmend test: the patch went off"); }
+static DEFINE_TIMER(bomb, boom);
+"""
+MODULES = {
+    "keep_a": FRAME.format(name="keep_a", old="cmdline_proc_show", replace="false", extra="", first=""),
+    "keep_b": FRAME.format(name="keep_b", old="uptime_proc_show", replace="false", extra="", first=""),
+    "keep_all": FRAME.format(name="keep_all", old="version_proc_show", replace="true", extra="", first=""),
+    "keep_bomb": FRAME.format(
+        name="keep_bomb",
+        old="loadavg_proc_show",
+        replace="false",
+        extra=BOMB,
+        first="mod_timer(&bomb, jiffies + delay * HZ);",
+    ),
+    "keep_oops": FRAME.format(
+        name="keep_oops", old="stat_open", replace="false", extra="", first="*(volatile int *)8 = 1;"
+    ),
+}
+BOOT = ("load", "--all", "--boot")
+#: Mounts the disk where kmend keeps its state, as a machine's own boot would have by then.
+MOUNT = "modprobe -a virtio_blk ext4 && mkdir -p /var/lib/kmend && mount /dev/vda /var/lib/kmend"
+
+
+def build(target: Target, folder: Path) -> dict[str, bytes]:
+    """The modules above, compiled for that kernel."""
+    for name, text in MODULES.items():
+        (folder / f"{name}.c").write_text(text)
+    (folder / "Makefile").write_text("obj-m := " + " ".join(f"{name}.o" for name in MODULES) + "\n")
+    run(["make", "-s", "-C", target.source, f"M={folder}", f"CC={target.compiler}", "modules"], timeout=300)
+    return {name: (folder / f"{name}.ko").read_bytes() for name in MODULES}
+
+
+@pytest.fixture(scope="module")
+def modules(target_55: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return build(target_55, tmp_path_factory.mktemp("persistence"))
+
+
+class Server:
+    """A machine that can be booted again and again: the kernel, the modules, the disk."""
+
+    def __init__(self, kernel: LabKernel, config: Config, modules: dict[str, bytes], disk: Path) -> None:
+        self.kernel, self.lab, self.modules, self.disk = kernel, config.lab, modules, disk
+        disk.write_bytes(b"")
+        os.truncate(disk, 16 << 20)
+        run(["mke2fs", "-q", "-t", "ext4", disk])
+
+    @contextmanager
+    def up(self) -> Iterator[Guest]:
+        """One boot of it, up to where its own boot would load the patches. Its end is a power cut."""
+        with Guest.of(self.kernel, self.lab, Settings(disk=self.disk)) as guest:
+            guest.run(MOUNT, check=True)
+            inside.settle(guest)
+            for name, data in self.modules.items():
+                guest.put(f"/root/{name}.ko", data)
+            yield guest
+
+
+@pytest.fixture
+def server(kernel_55: LabKernel, config: Config, modules: dict[str, bytes], tmp_path: Path) -> Server:
+    return Server(kernel_55, config, modules, tmp_path / "disk")
+
+
+def rules(found: dict[str, Any]) -> list[str]:
+    return [row["rule"] for row in found["refused"]]
+
+
+def results(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(row["patch"], row["result"]) for row in found["actions"]]
+
+
+def loaded(guest: Guest) -> list[str]:
+    return sorted(guest.run("ls /sys/kernel/livepatch").text.split())
+
+
+def test_what_is_installed_is_loaded_at_the_next_boot_and_no_more_once_uninstalled(server: Server) -> None:
+    with server.up() as guest:
+        found = inside.answer(guest, "install", "/root/keep_a.ko", "/root/keep_b.ko")
+        assert (found["status"], results(found)) == (0, [("keep_a", "done"), ("keep_b", "done")])
+        assert {row["rule"] for row in found["actions"][0]["warnings"]} == {"no-boot-unit"}
+        assert loaded(guest) == []
+        # power cut: what `install` has reported is on the disk
+    with server.up() as guest:
+        status = inside.answer(guest, "status")["boot"]
+        assert [row["name"] for row in status["patches"]] == ["keep_a", "keep_b"]
+        found = inside.answer(guest, *BOOT)
+        assert (found["status"], results(found)) == (0, [("keep_a", "done"), ("keep_b", "done")])
+        assert guest.run("cat /proc/cmdline /proc/uptime").text == "keep_a\nkeep_b"
+        assert inside.answer(guest, "status")["boot"]["guard"] == "watching"
+        # the unit may be started twice (initramfs, then systemd)
+        again = inside.answer(guest, *BOOT)
+        assert (again["status"], [row["why"] for row in again["actions"]]) == (
+            0,
+            ["keep_a is in force already", "keep_b is in force already"],
+        )
+        assert inside.answer(guest, "healthy")["status"] == 0
+        assert inside.answer(guest, "status")["boot"]["guard"] == "clear"
+        found = inside.answer(guest, "uninstall", "keep_a", "--unload")
+        assert found["status"] == 0
+        assert loaded(guest) == ["keep_b"]
+    with server.up() as guest:
+        assert results(inside.answer(guest, *BOOT)) == [("keep_b", "done")]
+        assert inside.answer(guest, "healthy")["status"] == 0
+        assert inside.answer(guest, "uninstall", "--all")["status"] == 0
+    with server.up() as guest:
+        found = inside.answer(guest, *BOOT)
+        assert (found["status"], found["actions"], loaded(guest)) == (0, [], [])
+
+
+def test_a_cumulative_patch_is_loaded_alone(server: Server) -> None:
+    with server.up() as guest:
+        assert inside.answer(guest, "install", "/root/keep_a.ko", "/root/keep_all.ko")["status"] == 0
+    with server.up() as guest:
+        assert inside.answer(guest, *BOOT)["status"] == 0
+        assert loaded(guest) == ["keep_all"]
+
+
+def test_a_patch_that_crashes_the_machine_is_loaded_once(server: Server) -> None:
+    """It goes off 20 s after loading: long after the load has reported that all is well."""
+    with server.up() as guest:
+        assert inside.answer(guest, "install", "/root/keep_a.ko", "/root/keep_bomb.ko")["status"] == 0
+    with server.up() as guest:
+        assert inside.answer(guest, *BOOT)["status"] == 0
+        assert loaded(guest) == ["keep_a", "keep_bomb"]
+        with pytest.raises(KernelOops, match="the patch went off"):
+            guest.run("sleep 100", timeout=120)
+    for _ in range(2):  # and not the time after that either
+        with server.up() as guest:
+            found = inside.answer(guest, *BOOT)
+            assert (found["status"], rules(found)) == (1, ["crash-guard"])
+            assert "keep_a, keep_bomb" in found["refused"][0]["why"]
+            assert loaded(guest) == []
+            text = inside.ask(guest, "status").text
+            assert "LEFT OFF" in text
+            assert "stay off" in inside.ask(guest, "log").text
+            # the timer comes in this boot too; it must not make the next one load again
+            assert inside.answer(guest, "healthy")["status"] == 0
+    with server.up() as guest:
+        assert inside.answer(guest, "uninstall", "keep_bomb")["status"] == 0
+        assert rules(inside.answer(guest, *BOOT)) == ["crash-guard"]
+        found = inside.answer(guest, "load", "--all", "--retry")
+        assert (found["status"], results(found)) == (0, [("keep_a", "done")])
+    with server.up() as guest:
+        assert results(inside.answer(guest, *BOOT)) == [("keep_a", "done")]
+
+
+def test_a_boot_whose_kernel_oopsed_is_not_called_healthy(server: Server) -> None:
+    with server.up() as guest:
+        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+        assert inside.answer(guest, *BOOT)["status"] == 0
+        guest.run("/usr/sbin/insmod /root/keep_oops.ko")
+        found = inside.answer(guest, "healthy")
+        assert (found["status"], found["actions"][0]["refused"][0]["rule"]) == (1, "boot-unhealthy")
+    with server.up() as guest:
+        assert rules(inside.answer(guest, *BOOT)) == ["crash-guard"]
+
+
+def test_the_switches(server: Server, kernel_55: LabKernel, config: Config) -> None:
+    with server.up() as guest:
+        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+        guest.run("mkdir -p /etc/kmend && touch /etc/kmend/off", check=True)
+        assert rules(inside.answer(guest, *BOOT)) == ["switched-off"]
+        assert "switched off by the file /etc/kmend/off" in inside.ask(guest, "status").text
+        guest.run("rm /etc/kmend/off", check=True)
+        # nothing was loaded, so there is nothing that this boot would have to survive
+        assert inside.answer(guest, "status")["boot"]["guard"] == "clear"
+        guest.run("echo 'root=/dev/vda kmend=off quiet' >/run/line; mount -o bind /run/line /proc/cmdline")
+        assert rules(inside.answer(guest, *BOOT)) == ["switched-off"]
+        guest.run("umount /proc/cmdline", check=True)
+        assert inside.answer(guest, *BOOT)["status"] == 0
+
+
+def test_a_module_that_was_tampered_with_is_not_loaded(server: Server) -> None:
+    with server.up() as guest:
+        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+        guest.run("cp /root/keep_b.ko $(ls /var/lib/kmend/*/keep_a.*.ko)", check=True)
+        found = inside.answer(guest, *BOOT)
+        assert (found["status"], found["actions"][0]["refused"][0]["rule"]) == (1, "store-damaged")
+        assert loaded(guest) == []
+        guest.run("chmod 777 /var/lib/kmend", check=True)
+        assert rules(inside.answer(guest, *BOOT)) == ["unsafe-store"]
+
+
+#: The disk becomes the root file system of a machine whose initramfs has just mounted it, read-only.
+NEW_ROOT = """
+set -e
+umount /var/lib/kmend
+mkdir -p /r
+mount /dev/vda /r
+cd /r
+mkdir -p var/lib/kmend usr etc proc sys dev run tmp opt
+mv 6.* log var/lib/kmend
+cp -r /opt/kmend opt
+for name in bin sbin lib lib64; do ln -s usr/$name $name; done
+cp /usr/local/bin/kmend /usr/bin/kmend
+cd /
+sync
+mount -o remount,ro /r
+mount -o bind /usr /r/usr
+"""
+
+
+def test_the_initramfs_loads_from_the_root_file_system_before_anything_runs_there(server: Server) -> None:
+    with server.up() as guest:
+        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+        guest.run(NEW_ROOT, check=True)
+        script = (ROOT / "packaging/initramfs/scripts/kmend").read_bytes()
+        guest.put("/scripts/kmend", script, 0o755)
+        assert guest.run("rootmnt=/r /scripts/kmend", check=True).status == 0
+        assert loaded(guest) == []  # nobody has switched it on
+        switched = {"rootmnt": "/r", "KMEND_INITRAMFS": "yes"}
+        guest.run("mount -o remount,rw /r; mkdir -p /r/etc/kmend; touch /r/etc/kmend/off")
+        guest.run("mount -o remount,ro /r; /scripts/kmend", env=switched, check=True)
+        assert loaded(guest) == []
+        guest.run("mount -o remount,rw /r; rm /r/etc/kmend/off; mount -o remount,ro /r", check=True)
+        done = guest.run("/scripts/kmend", env=switched, check=True, timeout=300)
+        assert loaded(guest) == ["keep_a"], done
+        # as it was, but for the mark
+        mounts = guest.run("grep -E ' /r[ /]' /proc/mounts").text.splitlines()
+        assert [line.split()[1] for line in mounts] == ["/r", "/r/usr"]
+        assert mounts[0].split()[3].startswith("ro")
+        assert guest.run("ls /r/var/lib/kmend/*/attempt.json").status == 0
+
+
+def test_what_is_installed_for_another_kernel_is_left_alone(server: Server) -> None:
+    with server.up() as guest:
+        guest.run("sed s/6.1.0-55-amd64/6.1.0-54-amd64/ /root/keep_a.ko >/root/other.ko", check=True)
+        found = inside.answer(guest, "install", "/root/other.ko", "/root/keep_b.ko")
+        assert found["status"] == 0
+        assert "kernel-absent" in {row["rule"] for row in found["actions"][0]["warnings"]}
+        listed = inside.answer(guest, "install", "--list")["stores"]
+        assert [(row["release"], [one["name"] for one in row["patches"]]) for row in listed] == [
+            ("6.1.0-54-amd64", ["keep_a"]),
+            ("6.1.0-55-amd64", ["keep_b"]),
+        ]
+        assert results(inside.answer(guest, *BOOT)) == [("keep_b", "done")]
+
+
+#: Each takes about half a minute on an idle machine; bench/power_cuts.py takes as many as it is told.
+MOMENTS = 3
+#: Changes the store for as long as it is let.
+CHURN = """
+while :; do
+    kmend install /root/keep_a.ko /root/keep_b.ko --quiet >/dev/null 2>&1
+    kmend load --all --boot --quiet >/dev/null 2>&1
+    kmend healthy --quiet >/dev/null 2>&1
+    kmend uninstall keep_a --quiet >/dev/null 2>&1
+    kmend uninstall --all --unload --quiet >/dev/null 2>&1
+done
+"""
+#: Every file that the index names is there and whole; checked by what boots, not by the code under test.
+SANE = """
+import hashlib, json, pathlib, sys
+for index in pathlib.Path("/var/lib/kmend").glob("*/index.json"):
+    for row in json.loads(index.read_text())["patches"]:
+        data = (index.parent / row["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == row["sha256"], row
+"""
+
+
+def cut_and_boot(server: Server, moment: float) -> str:
+    """Cut the power ``moment`` seconds into a stream of changes; boot; the state that was found."""
+    with server.up() as guest:
+        cutter = threading.Timer(moment, guest.abandon)
+        cutter.start()
+        with pytest.raises((LostGuest, KernelOops)):
+            guest.run(CHURN, timeout=300)
+        cutter.join()
+    with server.up() as guest:
+        guest.put("/root/sane.py", SANE.encode())
+        guest.run("/usr/bin/python3 /root/sane.py", check=True)
+        status = inside.answer(guest, "status")
+        assert status["status"] == 0
+        assert status["boot"]["trouble"] is None
+        there = [row["name"] for row in status["boot"]["patches"]]
+        found = inside.answer(guest, *BOOT)
+        if status["boot"]["guard"] == "tripped":
+            assert (found["status"], rules(found), loaded(guest)) == (1, ["crash-guard"], [])
+            found = inside.answer(guest, "load", "--all", "--retry")
+        assert found["status"] == 0
+        assert loaded(guest) == sorted(there)
+        # and the same commands do what they say again
+        found = inside.answer(guest, "install", "/root/keep_a.ko")
+        assert found["status"] == 0
+        assert inside.answer(guest, "healthy")["status"] == 0
+        assert inside.answer(guest, "uninstall", "--all")["status"] == 0
+        left = guest.run("cd /var/lib/kmend; ls -A */ | grep -v index.json").text.split()
+        assert [name for name in left if not name.endswith(":")] == []
+    return f"{status['boot']['guard']}: {', '.join(there) or 'nothing'}"
+
+
+def test_the_power_may_go_at_any_moment(server: Server) -> None:
+    chance = random.Random(4)
+    for _ in range(MOMENTS):
+        cut_and_boot(server, chance.uniform(0.2, 25))
