@@ -163,7 +163,7 @@ def patch_line(patch: LivePatch) -> str:
     if patch.replace:
         facts.append("replaces all below")
     if patch.forced:
-        facts.append("FORCED: its module can not be trusted to be free, or is pinned")
+        facts.append("FORCED: tasks may still run code of the other side")
     if patch.module and patch.module.references is not None and patch.phase is Phase.LEFT:
         facts.append(
             "its module is loaded and unused"
