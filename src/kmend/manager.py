@@ -152,6 +152,8 @@ class Manager:
                 os.close(fd)
 
     def _load(self, path: str, fd: int, following: Following, parameters: str) -> ActionReport:
+        from kmend import plan
+
         data = _contents(fd)
         seen = self._observe()
         self.progress.step(f"checking {path}")
@@ -165,7 +167,8 @@ class Manager:
             finished = self._continue(there, module, interrupted, following, seen)
             if finished is not None:
                 return finished
-        checks = self._checks(module, data, seen, view, problem)
+        examined = self._examined(data, module, layout, seen, view, problem)
+        checks = [*examined.checks, *plan.objections(self.place, examined)]
         refusals = tuple(row.refusal for row in checks if row.refusal is not None)
         if refusals:
             return ActionReport(
@@ -206,9 +209,6 @@ class Manager:
             UsageError, Failed: the file cannot be read or is no livepatch module.
             Unable: the running kernel has no livepatch support.
         """
-        from kmend.elf.reader import read
-        from kmend.module.describe import describe
-
         fd = act.open_module(path)
         try:
             data = _contents(fd)
@@ -219,9 +219,23 @@ class Manager:
         view, problem = self._view(seen)
         layout = self._layout(view)
         module = read_module_file(data, path, layout)
-        elf = read(data, path)
+        return self._examined(data, module, layout, seen, view, problem)
+
+    def _examined(
+        self,
+        data: bytes,
+        module: ModuleFile,
+        layout: Layout | None,
+        seen: Seen,
+        view: TargetView | None,
+        problem: str,
+    ) -> Examined:
+        from kmend.elf.reader import read
+        from kmend.module.describe import describe
+
+        elf = read(data, module.path)
         checks = self._checks(module, data, seen, view, problem)
-        return Examined(module, describe(elf, layout, path), elf, seen, tuple(checks))
+        return Examined(module, describe(elf, layout, module.path), elf, seen, tuple(checks))
 
     def _checks(
         self, module: ModuleFile, data: bytes, seen: Seen, view: TargetView | None, problem: str

@@ -27,7 +27,7 @@ from kmend.core.plan import (
     StackEntry,
     Verdict,
 )
-from kmend.core.progress import Progress
+from kmend.core.progress import Progress, Silent
 from kmend.core.target import VMLINUX
 from kmend.klp import line as lines
 from kmend.klp.core import klp_enable_patch
@@ -86,6 +86,17 @@ def plan(
     return Planner(where, progress, examined, samples).plan()
 
 
+def objections(place: Place, examined: Examined) -> list[Check]:
+    """What a plan finds beyond the checks that a load has made already; nothing is changed.
+
+    `kmend load` asks for them, so that both refuse the same.
+    """
+    try:
+        return Planner(place, Silent(), examined).foretell(SymbolTable(place))[0]
+    except KmendError as error:
+        return [Check("model", None, error.what)]
+
+
 @dataclass(slots=True)
 class Planner:
     """Plans one load from what was examined."""
@@ -103,8 +114,10 @@ class Planner:
             Unable: there is no ``/proc``.
         """
         module, seen = self.examined.module, self.examined.seen
-        checks = list(self.examined.checks)
-        refused = [row.refusal for row in checks if row.refusal is not None]
+        table = SymbolTable(self.place)
+        found, model = self.foretell(table)
+        checks = (*self.examined.checks, *found)
+        refused = tuple(row.refusal for row in checks if row.refusal is not None)
         out = Plan(
             module.name,
             module.path,
@@ -112,66 +125,58 @@ class Planner:
             seen.kernel,
             Verdict.REFUSED,
             module.replace,
-            tuple(checks),
-            tuple(refused),
+            checks,
+            refused,
             (),
         )
-        try:
-            table = SymbolTable(self.place)
-        except KmendError as error:
-            checks.append(Check("model", None, error.what))
-            return replace(out, checks=tuple(checks))
-        checks += self._resolved(table)
-        if any(seen.patches):
-            checks.append(
-                Check("states", None, "the states of loaded patches are not shown: the kernel compares them")
-            )
-        objects = _objects(self.examined.description, module)
-        if objects is None:
-            return self._without_model(out, checks)
-        self.progress.step("running klp_enable_patch() on a model of this machine")
-        model = Model.of(self.place, table, seen.patches, objects, self.examined)
-        self.warnings += model.hooks.warnings
-        number = model.enable()
-        refused = [row.refusal for row in checks if row.refusal is not None]
-        if number:
-            refused += self._answer(-number, model, refused)
+        if model is None:
+            return replace(out, refused=(*refused, _unreadable(module.name)))
         self.progress.step(f"looking at all tasks {self.samples} times")
-        forecast = self._forecast(model, table, number)
-        out = replace(
+        forecast = self._forecast(model, table, model.number)
+        verdict = Verdict.REFUSED if refused or model.number else Verdict.LOADS
+        if verdict is Verdict.LOADS and forecast.woken is None and forecast.alone is None:
+            verdict = Verdict.STALLS
+        return replace(
             out,
-            checks=tuple(checks),
-            refused=tuple(refused),
+            verdict=verdict,
+            warnings=(*self.warnings, *_delays(module.name, forecast, verdict)),
             stacks=model.stacks(),
             replaced=model.replaced,
             nops=model.nops,
             callbacks=tuple(model.called),
             late=model.late,
             log=tuple(message.text for message in model.k.log[model.quiet :]),
-            number=-number,
+            number=-model.number,
             forecast=forecast,
             model=model.k.line.name,
         )
-        verdict = Verdict.REFUSED if refused else Verdict.LOADS
-        if verdict is Verdict.LOADS and forecast.woken is None and forecast.alone is None:
-            verdict = Verdict.STALLS
-        return replace(
-            out, verdict=verdict, warnings=(*self.warnings, *_delays(module.name, forecast, verdict))
-        )
 
-    def _without_model(self, out: Plan, checks: list[Check]) -> Plan:
-        """What replaces what is not known: no promise is made."""
-        checks.append(
-            Check("model", None, "the module's descriptors cannot be read: nothing can be foretold")
-        )
-        refusal = Refusal(
-            "unreadable-descriptors",
-            f"what {out.name} replaces cannot be read",
-            "they are made by code, or this kernel shows no BTF and its target is not in the cache",
-            "kmend kernel fetch, or load it without a plan: kmend load",
-        )
-        found = tuple(row.refusal for row in checks if row.refusal is not None)
-        return replace(out, checks=tuple(checks), refused=(*found, refusal))
+    def foretell(self, table: SymbolTable) -> tuple[list[Check], Model | None]:
+        """What a plan adds to the checks of a load without looking at tasks, and the model after its load.
+
+        None: the module's descriptors cannot be read, and nothing can be foretold.
+        """
+        seen = self.examined.seen
+        checks = list(self._resolved(table))
+        if seen.patches:
+            checks.append(
+                Check("states", None, "the states of loaded patches are not shown: the kernel compares them")
+            )
+        objects = _objects(self.examined.description, self.examined.module)
+        if objects is None:
+            checks.append(Check("model", None, "the module's descriptors cannot be read"))
+            return checks, None
+        self.progress.step("running klp_enable_patch() on a model of this machine")
+        model = Model.of(self.place, table, seen.patches, objects, self.examined)
+        self.warnings += model.hooks.warnings
+        number = model.enable()
+        if not number:
+            checks.append(Check("model", True, "klp_enable_patch() on the model of this machine accepts it"))
+            return checks, model
+        known = [row.refusal for row in (*self.examined.checks, *checks) if row.refusal is not None]
+        for refusal in self._answer(-number, model, known):
+            checks.append(Check("model", False, refusal.what, refusal))
+        return checks, model
 
     def _answer(self, number: int, model: Model, known: Sequence[Refusal]) -> list[Refusal]:
         """The model's refusal, unless a check has told the same already."""
@@ -577,6 +582,16 @@ def _loaded(place: Place, name: str) -> bool:
 
 
 # -- words -------------------------------------------------------------------------------------------
+
+
+def _unreadable(name: str) -> Refusal:
+    """Without its descriptors no promise is made about a module."""
+    return Refusal(
+        "unreadable-descriptors",
+        f"what {name} replaces cannot be read",
+        "they are made by code, or this kernel shows no BTF and its target is not in the cache",
+        "kmend kernel fetch, or load it without a plan: kmend load",
+    )
 
 
 def _why(found: Looks, woken: float | None, number: int) -> str:

@@ -1,4 +1,4 @@
-"""Planning a load: the tables as the kernel prints them, stacks, and the model of a machine from its files."""
+"""Planning a load: the tables as the kernel prints them, stacks, the model of a machine from its files."""
 
 from __future__ import annotations
 

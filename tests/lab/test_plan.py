@@ -1,0 +1,307 @@
+"""`kmend plan` against what happens then: in a stock kernel with tasks, probes and patches in the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import inside
+import pytest
+
+from kmend.core.config import Config
+from kmend.core.run import run
+from kmend.core.target import Target
+from kmend.lab.guest import Guest
+from kmend.lab.kernel import LabKernel
+
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.xdist_group("plan")]
+
+MOUNTS = """
+cd /sys/kernel
+mountpoint -q debug || mount -t debugfs debugfs debug
+mountpoint -q tracing || mount -t tracefs tracefs tracing
+"""
+#: /proc/hall: who reads it sleeps in hall_wait() for good; with thread=1 a kernel thread does too.
+HALL = """
+#include <linux/kthread.h>
+#include <linux/module.h>
+#include <linux/proc_fs.h>
+#include <linux/wait.h>
+static DECLARE_WAIT_QUEUE_HEAD(hall_wq);
+static bool hall_open;
+static bool thread;
+module_param(thread, bool, 0);
+static struct task_struct *task;
+noinline int hall_wait(bool in_thread);
+noinline int hall_wait(bool in_thread)
+{
+	int ret = 0;
+
+	if (in_thread)
+		schedule_timeout_idle(HZ / 2);
+	else
+		ret = wait_event_interruptible(hall_wq, hall_open);
+	barrier();
+	return ret;
+}
+static ssize_t hall_read(struct file *f, char __user *b, size_t n, loff_t *o) { return hall_wait(false); }
+static const struct proc_ops hall_ops = { .proc_read = hall_read };
+static int work(void *data) { while (!kthread_should_stop()) hall_wait(true); return 0; }
+static int __init start(void)
+{
+	proc_create("hall", 0444, NULL, &hall_ops);
+	if (thread)
+		task = kthread_run(work, NULL, "hall-thread");
+	return 0;
+}
+static void __exit end(void) { if (task) kthread_stop(task); remove_proc_entry("hall", NULL); }
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+"""
+PROBE = """
+#include <linux/kprobes.h>
+#include <linux/module.h>
+static bool post;
+module_param(post, bool, 0);
+static int before(struct kprobe *p, struct pt_regs *r) { return 0; }
+static void after(struct kprobe *p, struct pt_regs *r, unsigned long f) { }
+static struct kprobe probe = { .symbol_name = "hall_wait", .pre_handler = before };
+static int __init start(void) { if (post) probe.post_handler = after; return register_kprobe(&probe); }
+static void __exit end(void) { unregister_kprobe(&probe); }
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+"""
+HEAD = """
+#include <linux/livepatch.h>
+#include <linux/module.h>
+#include <linux/sched/signal.h>
+#include <linux/seq_file.h>
+#define SAY(kind) pr_info("%s: " kind ": %s\\n", THIS_MODULE->name, o->name ?: "vmlinux")
+static int pre(struct klp_object *o) { SAY("pre_patch"); return 0; }
+static void post(struct klp_object *o) { SAY("post_patch"); }
+static void pre_un(struct klp_object *o) { SAY("pre_unpatch"); }
+static void post_un(struct klp_object *o) { SAY("post_unpatch"); }
+#define CALLBACKS .callbacks = { pre, post, pre_un, post_un }
+static int show(struct seq_file *m, void *v) { seq_puts(m, "patched\\n"); return 0; }
+"""
+TAIL = """
+static int __init start(void) { return klp_enable_patch(&patch); }
+static void __exit end(void) { }
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+MODULE_INFO(livepatch, "Y");
+"""
+OLDER = (
+    HEAD
+    + """
+static int older_wait(bool in_thread)
+{
+	while (!signal_pending(current))
+		schedule_timeout_interruptible(HZ * 1000);
+	barrier();
+	return -ERESTARTSYS;
+}
+static struct klp_func in_hall[] = { { .old_name = "hall_wait", .new_func = older_wait }, { } };
+static struct klp_func in_image[] = { { .old_name = "cmdline_proc_show", .new_func = show }, { } };
+static struct klp_object objs[] = {
+	{ .name = "hall", .funcs = in_hall, CALLBACKS }, { .funcs = in_image, CALLBACKS }, { }
+};
+static struct klp_patch patch = { .mod = THIS_MODULE, .objs = objs };
+"""
+    + TAIL
+)
+NEWER = (
+    HEAD
+    + """
+static int newer_wait(bool in_thread) { return 0; }
+static struct klp_func in_hall[] = { { .old_name = "hall_wait", .new_func = newer_wait }, { } };
+static struct klp_func in_image[] = { { .old_name = "version_proc_show", .new_func = show }, { } };
+static struct klp_func in_later[] = { { .old_name = "not_here_yet", .new_func = show }, { } };
+static struct klp_object objs[] = {
+	{ .funcs = in_image, CALLBACKS },
+	{ .name = "hall", .funcs = in_hall, CALLBACKS },
+	{ .name = "later", .funcs = in_later, CALLBACKS },
+	{ }
+};
+static struct klp_patch patch = { .mod = THIS_MODULE, .objs = objs, .replace = true };
+"""
+    + TAIL
+)
+SOURCES = {"hall": HALL, "probe": PROBE, "older": OLDER, "newer": NEWER}
+READERS = 20
+
+
+@pytest.fixture(scope="module")
+def modules(target_55: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By hand; ``make M=`` writes nothing into the target's tree."""
+    folder = tmp_path_factory.mktemp("plan")
+    for name, text in SOURCES.items():
+        (folder / f"{name}.c").write_text(text)
+    (folder / "Makefile").write_text("obj-m := " + " ".join(f"{name}.o" for name in SOURCES) + "\n")
+    run(
+        ["make", "-s", "-C", target_55.source, f"M={folder}", f"CC={target_55.compiler}", "modules"],
+        timeout=300,
+    )
+    return {name: folder / f"{name}.ko" for name in SOURCES}
+
+
+@pytest.fixture(scope="module")
+def machine(kernel_55: LabKernel, modules: dict[str, Path], config: Config) -> Iterator[Guest]:
+    with Guest.of(kernel_55, config.lab) as running:
+        inside.settle(running)
+        for name, path in modules.items():
+            running.put(f"/root/{name}.ko", path.read_bytes())
+        running.run(MOUNTS, check=True)
+        yield running
+
+
+@pytest.fixture
+def guest(machine: Guest) -> Iterator[Guest]:
+    yield machine
+    machine.run("kmend unload --all; killall cat", timeout=120)
+    machine.run("rmmod probe; rmmod hall")
+
+
+def readers(guest: Guest) -> set[int]:
+    """Twenty tasks that sleep in hall_wait(), or in what replaces it."""
+    start = "for i in $(seq 20); do /usr/bin/cat /proc/hall >/dev/null & done"
+    guest.run(f"{start}; sleep 1", check=True)
+    pids = {int(word) for word in guest.run("pidof cat", check=True).text.split()}
+    assert len(pids) == READERS
+    return pids
+
+
+def rules(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["rule"] for row in rows]
+
+
+def livepatch_log(guest: Guest, since: int) -> list[str]:
+    return [row.text for row in guest.dmesg()[since:] if row.livepatch]
+
+
+def callback_log(guest: Guest, since: int) -> list[str]:
+    return [row.text.split("newer: ")[-1] for row in guest.dmesg()[since:] if "_patch: " in row.text]
+
+
+def stacks(plan: dict[str, Any], moment: str) -> dict[str, list[str]]:
+    return {row["function"]: [one["patch"] for one in row[moment]] for row in plan["func_stacks"]}
+
+
+def test_sleepers_over_an_older_patch(guest: Guest) -> None:
+    """Twenty tasks in the code of an older patch, and a plain kprobe: it loads, as planned in every point."""
+    guest.run("/usr/sbin/insmod /root/hall.ko && /usr/sbin/insmod /root/probe.ko", check=True)
+    assert inside.answer(guest, "load", "/root/older.ko")["status"] == 0
+    pids = readers(guest)
+    before = len(guest.dmesg())
+    plan = inside.answer(guest, "plan", "/root/newer.ko")
+    assert len(guest.dmesg()) == before, "a plan must leave the kernel alone"
+    assert guest.run("ls /sys/kernel/livepatch").text.split() == ["older"]
+    print(inside.ask(guest, "plan", "/root/newer.ko").text)
+    assert (plan["status"], plan["result"], plan["refused"]) == (0, "would-load", [])
+    found = plan["transition"]["inside"]
+    assert {row["tid"] for row in found} == pids
+    assert {(row["name"], row["function"], row["object"]) for row in found} == {
+        ("cat", "older_wait", "older")
+    }
+    assert {(row["leaves"], row["seen"]) for row in found} == {("interruption", 5)}
+    assert plan["transition"]["seconds_alone"] == pytest.approx(16, abs=2)
+    assert plan["transition"]["seconds_with_kmend_load"] < 3
+    probes = next(row["text"] for row in plan["checks"] if row["name"] == "probes")
+    assert "kprobe at hall_wait+0x0 [hall]" in probes
+    assert stacks(plan, "before") == {
+        "hall_wait": ["older"],
+        "cmdline_proc_show": ["older"],
+        "version_proc_show": [],
+    }
+    assert stacks(plan, "during") == {
+        "hall_wait": ["newer", "older"],
+        "cmdline_proc_show": ["newer", "older"],
+        "version_proc_show": ["newer"],
+    }
+    assert stacks(plan, "after") == {
+        "hall_wait": ["newer"],
+        "cmdline_proc_show": [],
+        "version_proc_show": ["newer"],
+    }
+    assert (plan["replaced"], plan["late_objects"]) == (["older"], ["later"])
+    assert plan["nops"] == [{"object": "vmlinux", "function": "cmdline_proc_show"}]
+    planned_calls = [f"{row['kind']}: {row['object']}" for row in plan["callbacks"]]
+    assert len(planned_calls) == 4
+
+    loaded = inside.answer(guest, "load", "/root/newer.ko")["actions"][0]
+    assert (loaded["result"], loaded["replaced"]) == ("done", plan["replaced"])
+    assert set(loaded["transitions"][0]["woken"]) == pids
+    assert livepatch_log(guest, before) == plan["model"]["log"]
+    assert callback_log(guest, before) == planned_calls
+    shown = inside.answer(guest, "list")["patches"]
+    assert [row["name"] for row in shown] == ["newer"]
+    now = {f["name"]: ["newer"] for o in shown[0]["objects"] if o["patched"] for f in o["functions"]}
+    assert now == {name: rows for name, rows in stacks(plan, "after").items() if rows}
+    assert "Linux version" not in guest.run("cat /proc/version").text
+    assert "patched" not in guest.run("cat /proc/cmdline").text
+
+
+def test_a_kernel_thread_that_never_leaves(guest: Guest) -> None:
+    """It is named as what holds the transition up; the load then stalls on it, and on nothing else."""
+    guest.run("/usr/sbin/insmod /root/hall.ko thread=1; /usr/sbin/insmod /root/probe.ko", check=True)
+    pids = readers(guest)
+    plan = inside.answer(guest, "plan", "/root/newer.ko", "--samples", "4")
+    assert (plan["status"], plan["result"]) == (1, "would-stall")
+    assert rules(plan["warnings"]) == ["transition-would-stall"]
+    found = {row["tid"]: row for row in plan["transition"]["inside"]}
+    (thread,) = [row for row in found.values() if row["kthread"]]
+    assert set(found) == pids | {thread["tid"]}
+    assert (thread["name"], thread["function"], thread["object"]) == ("hall-thread", "hall_wait", "hall")
+    assert (thread["leaves"], len(plan["transition"]["looks"])) == ("event", 4)
+    assert plan["transition"]["seconds_alone"] is plan["transition"]["seconds_with_kmend_load"] is None
+    assert str(thread["tid"]) in plan["warnings"][0]["why"]
+    loaded = inside.answer(guest, "load", "/root/newer.ko", "--wait", "4")["actions"][0]
+    assert (loaded["result"], rules(loaded["refused"])) == ("reversed", ["transition-stalled"])
+    left = loaded["transitions"][0]["left"]["blockers"]
+    assert {row["tid"] for row in left} == {thread["tid"]}
+
+
+def test_a_probe_with_a_post_handler_excludes_the_patch(guest: Guest) -> None:
+    guest.run("/usr/sbin/insmod /root/hall.ko; /usr/sbin/insmod /root/probe.ko post=1", check=True)
+    plan = inside.answer(guest, "plan", "/root/newer.ko")
+    assert (plan["status"], plan["result"], rules(plan["refused"])) == (
+        1,
+        "would-be-refused",
+        ["ftrace-conflict"],
+    )
+    assert "kprobe with a post handler" in plan["refused"][0]["what"]
+    assert inside.answer(guest, "load", "/root/newer.ko")["actions"][0]["refused"] == plan["refused"]
+    # the kernel itself, asked directly, says what the model said
+    before = len(guest.dmesg())
+    assert plan["model"]["errno"] == 16
+    assert "Device or resource busy" in guest.run("/usr/sbin/insmod /root/newer.ko").errors
+    assert livepatch_log(guest, before) == plan["model"]["log"]
+    assert callback_log(guest, before) == [f"{r['kind']}: {r['object']}" for r in plan["callbacks"]]
+
+
+def test_another_transition_and_what_is_loaded_already(guest: Guest) -> None:
+    guest.run("/usr/sbin/insmod /root/hall.ko", check=True)
+    readers(guest)
+    assert inside.answer(guest, "load", "/root/older.ko", "--no-wait")["status"] == 0
+    plan = inside.answer(guest, "plan", "/root/newer.ko")
+    assert (plan["result"], rules(plan["refused"])) == ("would-be-refused", ["transition-running"])
+    assert plan["model"]["errno"] == 16
+    again = inside.answer(guest, "plan", "/root/older.ko")
+    assert "already-loaded" in rules(again["refused"])
+
+
+def test_it_takes_a_second_and_needs_root(guest: Guest) -> None:
+    guest.run("/usr/sbin/insmod /root/hall.ko", check=True)
+    guest.run("chmod 711 /root; cp /root/newer.ko /tmp", check=True)
+    found = guest.run("/usr/bin/setpriv --reuid 65534 --clear-groups kmend plan /tmp/newer.ko")
+    assert (found.status, "needs root" in found.errors) == (3, True)
+    began = time.monotonic()
+    plan = inside.answer(guest, "plan", "/root/newer.ko", "--samples", "1")
+    print(f"plan with one look: {time.monotonic() - began:.1f} s")
+    assert plan["status"] == 0
+    assert plan["transition"]["inside"] == []
