@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from random import Random
 from types import FrameType, TracebackType
@@ -428,7 +429,7 @@ def work(maker: Maker, pipe: Connection) -> None:
 
 @dataclass
 class Worker:
-    process: multiprocessing.Process
+    process: ForkProcess
     pipe: Connection
     block: tuple[int, int] = (0, 0)
     since: float = 0.0

@@ -124,7 +124,7 @@ def number(rng: Random, letter: str, before: int) -> int:
             value = rng.randrange(0, 64)
         case _:
             value = rng.getrandbits(8 * size)
-    return value & (2 ** (8 * size) - 1)
+    return value & ((1 << 8 * size) - 1)
 
 
 def _put(out: bytearray, at: int, letter: str, rng: Random) -> None:

@@ -349,8 +349,8 @@ def full(config: Config, folder: Path) -> Seeds:
     seeds.modules.append((Seed.of("seed_hand", data), facts[old.release]))
     for seed, known in seeds.modules:
         # What this asks of the target is known from now on, and no input pays for it.
-        if found := check(read(seed.data), known, seed.name).refusals:
-            sys.exit(f"{seed.name} does not pass as it is: {found}")
+        if refused := check(read(seed.data), known, seed.name).refusals:
+            sys.exit(f"{seed.name} does not pass as it is: {refused}")
     return Seeds(seeds.pairs, seeds.types, seeds.modules, facts[old.release].layout.special_sizes())
 
 
