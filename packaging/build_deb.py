@@ -2,7 +2,7 @@
 
 Debian 12 lacks some of kmend's libraries and has others in versions that are too old, so all of them go
 into /usr/lib/kmend, as they lie in the environment that runs this (docs/decisions/0031-package.md). Needs
-no root and no network; the same checkout and environment give the same bytes.
+no root and no network.
 
     .venv/bin/python packaging/build_deb.py [OUT]
 """
