@@ -547,8 +547,8 @@ def mismatch(wanted: Sequence[bytes], lines: Sequence[bytes], expected: int) -> 
 
     if places := matches(wanted, lines, 0):
         return (
-            f"its lines stand at line {places[0] + 1}, but its place is said to be another: fewer context lines "
-            "in front or behind mean the start or the end of the file, and hunks follow each other"
+            f"its lines stand at line {places[0] + 1}, but its place is said to be another: fewer context "
+            "lines in front or behind mean the start or the end of the file, and hunks follow each other"
         )
     if matches([bare(row) for row in wanted], [bare(row) for row in lines], 0):
         return "only line endings differ (CR LF on one side, LF on the other)"
