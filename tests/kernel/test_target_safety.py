@@ -101,6 +101,14 @@ def test_a_function_that_a_thread_calls_leaves(config: Config, target_56: Target
     assert found.refusals == ()
 
 
+def test_a_thread_that_ends_leaves(config: Config, target_56: Target, tmp_path: Path) -> None:
+    """do_exit() waits in a loop for a core dump and never returns: do_task_dead() ends the thread."""
+    edit = ("\texit_signals(tsk);", "\tcond_resched();\n\texit_signals(tsk);")
+    found, names = changed(config, target_56, tmp_path, "kernel/exit.c", edit)
+    assert "do_exit" in names
+    assert found.refusals == ()
+
+
 def test_a_waiting_system_call_is_told(config: Config, target_56: Target, tmp_path: Path) -> None:
     edit = ("\tlockdep_assert_irqs_enabled();\n\n\tif (timeout", "\tcond_resched();\n\n\tif (timeout")
     found, names = changed(config, target_56, tmp_path, "fs/eventpoll.c", edit)

@@ -373,7 +373,7 @@ def test_flow_sees_loops_and_returns(tmp_path: Path) -> None:
     """
     found = flow(tmp_path, text)
     assert found.looped() == {"b", "c"}
-    assert found.returns()
+    assert found.leaves()
     wanted = frozenset({"a", "b", "c", "d"})
     assert found.order(wanted) == {
         *((START, "a"), ("a", "b"), ("a", "d"), ("b", "b"), ("b", "c"), ("b", "d")),

@@ -41,6 +41,13 @@ NORETURN = frozenset(
         *("usercopy_abort", "vpanic", "x86_64_start_kernel", "xen_cpu_bringup_again", "xen_start_kernel"),
     }
 )
+#: Those of them that end the thread that calls them, and with it its stack (kernel/exit.c, kernel/kthread.c).
+ENDS = frozenset(
+    {
+        *("do_exit", "do_group_exit", "do_task_dead", "make_task_dead", "rewind_stack_and_make_dead"),
+        *("kthread_exit", "kthread_complete_and_exit", "__module_put_and_kthread_exit"),
+    }
+)
 #: What comes before the first of the events, and after the last one of a function that returns.
 START, RETURN = "", "return"
 
@@ -57,6 +64,7 @@ class _Block:
     calls: list[str]
     next: list[Place]
     returns: bool = False
+    ends: bool = False
 
 
 class Flow:
@@ -185,6 +193,7 @@ class Flow:
                 elif op.startswith("call") and name is not None:
                     block.calls.append(name)
                     if name in NORETURN:
+                        block.ends = name in ENDS
                         block = None
         for block in blocks.values():
             block.next = [place for place in dict.fromkeys(block.next) if place in blocks]
@@ -202,9 +211,9 @@ class Flow:
                 waiting += self.blocks[place].next
         return seen
 
-    def returns(self) -> bool:
-        """Whether a way leads from the beginning to a return (or to a jump into another function)."""
-        return any(self.blocks[place].returns for place in self._reached())
+    def leaves(self) -> bool:
+        """Whether a way leads to a return, into another function, or to the thread's end."""
+        return any(self.blocks[place].returns or self.blocks[place].ends for place in self._reached())
 
     def looped(self) -> frozenset[str]:
         """Names of what is called inside a loop."""

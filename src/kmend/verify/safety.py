@@ -245,7 +245,7 @@ class _Unit:
             return None
         if by is not None:
             why = f"it is the function of a kernel thread, started by {by}(), and loops until the thread ends"
-        elif not flow.returns():
+        elif not flow.leaves():
             why = "it loops without end and never returns"
         elif any(self._until_stopped(key, loop) for loop in loops):
             why = "it loops until its kernel thread is told to stop (kthread_should_stop())"
