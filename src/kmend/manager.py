@@ -308,7 +308,7 @@ class Manager:
 
     def loaded(self) -> tuple[str, ...]:
         """All patches and what is left of former ones, the top of the stack first."""
-        seen = self._observe()
+        seen = self._observe(holding=False)
         return tuple(row.name for row in (*reversed(seen.patches), *seen.left))
 
     def _take_back(self, verb: str, name: str, following: Following) -> ActionReport:
@@ -537,8 +537,9 @@ class Manager:
 
     # -- what all actions share ----------------------------------------------------------------------
 
-    def _observe(self, limit: int = 0) -> Seen:
-        return observe(self.place, self.config.state, limit=limit or blockers.SHOWN)
+    def _observe(self, limit: int = 0, *, holding: bool = True) -> Seen:
+        """A look; by default as who holds the lock: what has no end in the journal is a killed run's."""
+        return observe(self.place, self.config.state, limit=limit or blockers.SHOWN, holding=holding)
 
     def _journal(self, boot: str) -> Journal:
         return Journal(self.config.state, boot)

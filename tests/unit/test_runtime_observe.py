@@ -311,6 +311,10 @@ def test_a_killed_action_is_found_by_the_next(place: Place, tmp_path: Path) -> N
     assert records[0].user == "admin"
     seen = observe(place, tmp_path / "state")
     assert [row.patch for row in seen.unfinished] == ["two"]
+    with acting(place, "load two"):  # somebody acts: it may be that very action
+        assert observe(place, tmp_path / "state").unfinished == ()
+        mine = observe(place, tmp_path / "state", holding=True)
+        assert [row.patch for row in mine.unfinished] == ["two"]
 
 
 def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ class Seen:
         return next((row for row in (*self.patches, *self.left) if row.name == name), None)
 
 
-def observe(place: Place, state: Path, *, limit: int = blockers.SHOWN) -> Seen:
-    """Look at everything.
+def observe(place: Place, state: Path, *, limit: int = blockers.SHOWN, holding: bool = False) -> Seen:
+    """Look at everything. ``holding``: the caller holds the lock of whoever acts, so no other kmend does.
 
     Raises:
         Unable: (rule ``no-livepatch``) the kernel has no livepatch support.
@@ -75,7 +75,7 @@ def observe(place: Place, state: Path, *, limit: int = blockers.SHOWN) -> Seen:
             notes.append(
                 f"{transition.unreadable} tasks of other users could not be asked: run kmend as root"
             )
-    free = journal.is_free(place)
+    free = holding or journal.is_free(place)
     open_actions = journal.unfinished(records, kernel.boot_id)
     return Seen(kernel, patches, left, transition, open_actions if free else (), not free, tuple(notes))
 
