@@ -8,7 +8,7 @@ TEST_JOBS ?= $(shell nproc)
 CODE := $(wildcard src tests bench packaging)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: setup demo test lint lab bench sweep deb
+.PHONY: setup demo test slow lint lab bench sweep deb
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -27,6 +27,10 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+
+# What takes minutes each: kills, power cuts, random scenarios, stalls, real-time kernels.
+slow: $(READY)
+	$(BIN)/pytest -m slow
 
 deb: $(READY)
 	@$(BIN)/python packaging/build_deb.py build

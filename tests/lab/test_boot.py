@@ -25,7 +25,7 @@ from kmend.lab.host import Settings
 from kmend.lab.kernel import LabKernel
 from kmend.lab.outcome import KernelOops, LostGuest
 
-pytestmark = [pytest.mark.lab, pytest.mark.target]
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 FRAME = """

@@ -27,7 +27,7 @@ from kmend.klp.scenario import (
 )
 from kmend.klp.structs import Function, Kernel, Ops, Sleep, Task, Wake
 
-pytestmark = [pytest.mark.lab, pytest.mark.target]
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
 
 def ignore_transition(_k: Kernel, ops: Ops, _current: Task) -> Function | None:

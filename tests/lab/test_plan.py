@@ -16,7 +16,7 @@ from kmend.core.target import Target
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
 
-pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.xdist_group("plan")]
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
 MOUNTS = """
 cd /sys/kernel

@@ -13,7 +13,7 @@ from kmend.core.config import Config
 from kmend.core.target import Target
 from kmend.lab.guest import Guest
 
-pytestmark = [pytest.mark.lab, pytest.mark.target]
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
 KILLS = 54
 #: Runs in the guest, with kmend imported once: each action is its child. Prints one JSON line per trouble.

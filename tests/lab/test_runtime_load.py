@@ -15,7 +15,7 @@ from kmend.core.target import Target
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
 
-pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.xdist_group("runtime-load")]
+pytestmark = [pytest.mark.lab, pytest.mark.target]
 
 MOUNTS = """
 cd /sys/kernel
@@ -111,7 +111,8 @@ def test_a_patch_is_loaded_shown_and_taken_back(guest: Guest) -> None:
     nothing_is_left(guest)
     text = inside.ask(guest, "log").text
     assert text.index("load one: from /root/one.ko, by root") < text.index("'one': patching complete")
-    assert text.index("disabled it") < text.index("'one': unpatching complete")
+    assert "'one': unpatching complete" in text  # may be over before kmend has written down what it did
+    assert text.index("disabled it") < text.index("unloaded its module")
     assert "unload one: one is taken back and unloaded [done]" in text
 
 
@@ -167,6 +168,7 @@ def test_a_cumulative_patch_replaces_and_what_it_replaced_is_unloaded(guest: Gue
     nothing_is_left(guest)
 
 
+@pytest.mark.slow
 def test_sleepers_are_woken_and_do_not_notice(guest: Guest) -> None:
     """16 s by the kernel alone: its first signals come with the 15th retry."""
     guest.put(
@@ -192,6 +194,7 @@ def test_sleepers_are_woken_and_do_not_notice(guest: Guest) -> None:
     assert act(guest, "unload", "naps")["status"] == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_woken_is_explained_and_the_patch_taken_back(guest: Guest) -> None:
     guest.run("/usr/sbin/insmod /root/sleeper.ko", check=True)
     found = act(guest, "load", "/root/kthread.ko", "--wait", "3")
@@ -203,6 +206,7 @@ def test_what_cannot_be_woken_is_explained_and_the_patch_taken_back(guest: Guest
     guest.run("rmmod sleeper", check=True)
 
 
+@pytest.mark.slow
 def test_a_patch_that_cannot_be_taken_back_stays_in_force(guest: Guest) -> None:
     assert act(guest, "load", "/root/sleepy.ko")["status"] == 0
     guest.run("cat /proc/cmdline >/root/slept & usleep 300000")
@@ -215,6 +219,7 @@ def test_a_patch_that_cannot_be_taken_back_stays_in_force(guest: Guest) -> None:
     assert guest.run("cat /root/slept").text == "sleepy"
 
 
+@pytest.mark.slow
 def test_disable_enable_and_what_a_hand_did_in_between(guest: Guest) -> None:
     assert act(guest, "load", "/root/one.ko")["status"] == 0
     found = act(guest, "disable", "one")
@@ -231,6 +236,7 @@ def test_disable_enable_and_what_a_hand_did_in_between(guest: Guest) -> None:
     nothing_is_left(guest)
 
 
+@pytest.mark.slow
 def test_force_wants_to_be_confirmed_and_is_remembered(guest: Guest) -> None:
     guest.run("/usr/sbin/insmod /root/sleeper.ko", check=True)
     act(guest, "load", "/root/kthread.ko", "--no-wait")
@@ -245,6 +251,7 @@ def test_force_wants_to_be_confirmed_and_is_remembered(guest: Guest) -> None:
     guest.run("rmmod sleeper", check=True)
 
 
+@pytest.mark.slow
 def test_a_killed_kmend_leaves_what_the_next_one_understands(guest: Guest) -> None:
     guest.run("/usr/sbin/insmod /root/sleeper.ko", check=True)
     guest.run(
@@ -265,6 +272,7 @@ def test_a_killed_kmend_leaves_what_the_next_one_understands(guest: Guest) -> No
     guest.run("rmmod sleeper", check=True)
 
 
+@pytest.mark.slow
 def test_the_kernels_complaints_meanwhile_are_told(guest: Guest) -> None:
     found = act(guest, "load", "/root/warning.ko")
     assert found["status"] == 0
@@ -273,6 +281,7 @@ def test_the_kernels_complaints_meanwhile_are_told(guest: Guest) -> None:
     assert act(guest, "unload", "warning")["status"] == 0
 
 
+@pytest.mark.slow
 def test_only_root_acts_and_anybody_may_look(guest: Guest) -> None:
     guest.run("chmod 711 /root; cp /root/one.ko /tmp", check=True)
     found = guest.run("/usr/bin/setpriv --reuid 65534 --clear-groups kmend load /tmp/one.ko")
@@ -281,12 +290,14 @@ def test_only_root_acts_and_anybody_may_look(guest: Guest) -> None:
     assert (seen.status, "no livepatch is loaded" in seen.text) == (0, True)
 
 
+@pytest.mark.slow
 def test_signed_modules_only(fresh: Guest) -> None:
     fresh.run("echo 1 >/sys/module/module/parameters/sig_enforce", check=True)
     found = act(fresh, "load", "/root/one.ko")
     assert (found["status"], rules(found)) == (1, ["unsigned"])
 
 
+@pytest.mark.slow
 def test_lockdown(fresh: Guest) -> None:
     fresh.run("echo integrity >/sys/kernel/security/lockdown", check=True)
     found = act(fresh, "load", "/root/one.ko")
@@ -294,12 +305,14 @@ def test_lockdown(fresh: Guest) -> None:
     nothing_is_left(fresh)
 
 
+@pytest.mark.slow
 def test_no_more_modules(fresh: Guest) -> None:
     fresh.run("echo 1 >/proc/sys/kernel/modules_disabled", check=True)
     found = act(fresh, "load", "/root/one.ko")
     assert (found["status"], rules(found)) == (1, ["modules-disabled"])
 
 
+@pytest.mark.slow
 def test_the_later_line_of_kernels(target_612: Target, config: Config, tmp_path: Path) -> None:
     """6.12 shows `replace`; the rest is the same life."""
     built = bank.build(target_612, tmp_path)
