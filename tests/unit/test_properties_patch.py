@@ -31,6 +31,7 @@ DAMAGED = {
         "@@ -0,0 +2 @@\n+b\n"
     ),
     "rename from nothing": "diff --git a/x b/y\nrename from x\n--- a/x\n+++ /dev/null\n@@ -1 +1 @@\n-a\n+b\n",
+    "a line that is nothing": FRAME + "@@ -20 +20,2 @@\n int v19;\n+\n\\ No newline at end of file\n",
     "copy to nothing": "diff --git a/x b/y\ncopy to y\n",
 }
 

@@ -360,6 +360,8 @@ class _Reader:
         if not rows:
             self.malformed("the mark of a missing newline without a line in front of it")
         last = rows[-1]
+        if last.text in (b"\n", b""):
+            self.malformed("an empty line without a newline: no file has such a line")
         # `\r` stays: it belongs to the line, only the newline is missing
         rows[-1] = HunkLine(last.side, last.text.removesuffix(b"\n"))
         self.at += 1
