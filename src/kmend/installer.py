@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable, UsageError
-from kmend.core.live import ActionReport, Check, KernelState, LivePatch, Phase, Result
+from kmend.core.live import ActionReport, Check, KernelState, LivePatch, Phase, Result, Step
 from kmend.core.progress import Progress
 from kmend.core.run import run
 from kmend.manager import Following, Manager, read_module_file
@@ -536,7 +536,7 @@ def _installed(
         f"of {len(place)}",
         next_step="it is loaded at the next boot; `kmend load --all` loads it now" if running else "",
         checks=row.checks,
-        steps=tuple(steps),
+        steps=tuple(Step(0.0, text) for text in steps),
         warnings=(*row.warnings, *warnings),
     )
 

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -33,6 +33,7 @@ from kmend.core.live import (
     LivePatch,
     Phase,
     Result,
+    Step,
     Transition,
     tasks,
 )
@@ -96,16 +97,33 @@ class _Run:
     action: Action
     log: klog.KernelLog | None
     began: float
-    steps: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     checks: tuple[Check, ...] = ()
     replaced: tuple[str, ...] = ()
     heard: list[KernelMessage] = field(default_factory=list)
+    note: Mapping[str, object] = field(default_factory=dict)
 
     def step(self, text: str, **detail: object) -> None:
-        self.steps.append(text)
+        self.steps.append(Step(self.seconds(), text))
         self.action.step(text, **detail)
+
+    def told(self, step: Step) -> None:
+        """Write down what was done about tasks when it is done: somebody may be watching."""
+        self.steps.append(Step(self.seconds(), step.text, step.tids))
+        self.action.step(step.text, tids=list(step.tids))
+
+    def follow(self, follower: Follower) -> Followed:
+        """Follow a transition, and keep what came of it."""
+        began = self.seconds()
+        found = replace(follower.run(), began=began)
+        self.followed.append(found)
+        return found
+
+    def seconds(self) -> float:
+        """Since the action began."""
+        return round(time.monotonic() - self.began, 3)
 
     def messages(self) -> tuple[KernelMessage, ...]:
         """Everything that the kernel has said since the action began."""
@@ -152,14 +170,31 @@ class Manager:
                 os.close(fd)
 
     def _load(self, path: str, fd: int, following: Following, parameters: str) -> ActionReport:
-        from kmend import plan
-
         data = _contents(fd)
         seen = self._observe()
         self.progress.step(f"checking {path}")
         view, problem = self._view(seen)
         layout = self._layout(view)
         module = read_module_file(data, path, layout)
+        report = self._loaded(module, data, fd, seen, (view, problem), layout, following, parameters)
+        return replace(report, file=str(Path(path).absolute()), sha256=module.sha256, note=module.note)
+
+    def _loaded(
+        self,
+        module: ModuleFile,
+        data: bytes,
+        fd: int,
+        seen: Seen,
+        target: tuple[TargetView | None, str],
+        layout: Layout | None,
+        following: Following,
+        parameters: str,
+    ) -> ActionReport:
+        """Load what has been read; ``target`` is that of the cache, or why there is none."""
+        from kmend import plan
+
+        path = module.path
+        began = time.monotonic()
         leftover = next((row for row in seen.left if row.name == module.name), None)
         interrupted = [row for row in seen.unfinished if row.patch == module.name]
         there = next((row for row in seen.patches if row.name == module.name), None)
@@ -167,7 +202,7 @@ class Manager:
             finished = self._continue(there, module, interrupted, following, seen)
             if finished is not None:
                 return finished
-        examined = self._examined(data, module, layout, seen, view, problem)
+        examined = self._examined(data, module, layout, seen, *target)
         checks = [*examined.checks, *plan.objections(self.place, examined)]
         refusals = tuple(row.refusal for row in checks if row.refusal is not None)
         if refusals:
@@ -178,6 +213,8 @@ class Manager:
                 f"{module.name} was not loaded",
                 checks=tuple(checks),
                 refused=refusals,
+                seconds=time.monotonic() - began,
+                began=began,
             )
         detail: dict[str, object] = {
             "file": str(Path(path).absolute()),
@@ -414,8 +451,8 @@ class Manager:
             def work(run: _Run) -> ActionReport:
                 act.force(self.place, name, run.messages)
                 run.step(f"forced {tasks(left)}", forced=patch.phase.value)
-                found = self._follower(run, patch.phase, Patience(limit=FORCED_LIMIT, wake=False)).run()
-                run.followed.append(replace(found, last=seen.transition))
+                found = run.follow(self._follower(run, patch.phase, Patience(limit=FORCED_LIMIT, wake=False)))
+                run.followed[-1] = replace(found, last=seen.transition)
                 if found.end is not End.COMPLETE:
                     return self._report(run, Result.STALLED, f"{name} was forced, but has not ended yet")
                 return self._report(run, Result.DONE, f"{name} was forced: {_forced_words(patch)}")
@@ -463,16 +500,13 @@ class Manager:
     # -- following ----------------------------------------------------------------------------------
 
     def _follower(self, run: _Run, goal: Phase, patience: Patience) -> Follower:
-        return Follower(self.place, run.patch, goal, patience, self.progress)
+        return Follower(self.place, run.patch, goal, patience, self.progress, told=run.told)
 
     def _follow(self, run: _Run, goal: Phase, following: Following) -> ActionReport | None:
         """Follow the transition; None: it has reached its goal. Otherwise the report of how it ended."""
         patience = following.patience
         while True:
-            found = self._follower(run, goal, patience).run()
-            run.followed.append(found)
-            for step in found.steps:
-                run.step(f"after {step.seconds:.1f} s: {step.text}")
+            found = run.follow(self._follower(run, goal, patience))
             match found.end:
                 case End.COMPLETE:
                     run.step(f"{goal.value} is complete after {found.seconds:.1f} s")
@@ -517,8 +551,7 @@ class Manager:
         back = Phase.UNPATCHING if goal is Phase.PATCHING else Phase.PATCHING
         act.set_enabled(self.place, run.patch, back is Phase.PATCHING, run.messages)
         patience = replace(following.patience, limit=max(following.patience.limit, WAY_BACK))
-        found = self._follower(run, back, patience).run()
-        run.followed.append(found)
+        found = run.follow(self._follower(run, back, patience))
         if found.end is not End.COMPLETE:
             why = f"{run.patch} does not come to an end in either direction"
             return replace(
@@ -567,6 +600,8 @@ class Manager:
         except Unable:
             log = None
         run = _Run(verb, name, action, log, time.monotonic())
+        there = seen.named(name)
+        run.note = there.module.note if there is not None and there.module is not None else {}
         try:
             return work(run)
         except KmendError as error:
@@ -596,7 +631,9 @@ class Manager:
             removed=tuple(run.removed),
             warnings=tuple(_warnings(messages, run.action.journal)),
             messages=tuple(row for row in messages if row.livepatch),
-            seconds=time.monotonic() - run.began,
+            seconds=run.seconds(),
+            note=run.note,
+            began=run.began,
         )
 
     # -- what the target in the cache tells ----------------------------------------------------------
@@ -691,6 +728,7 @@ def read_module_file(data: bytes, path: str, layout: Layout | None) -> ModuleFil
         sha256=sha256,
         wanted=wanted,
         replace=found.replace,
+        note=note,
     )
 
 

@@ -67,7 +67,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         return True
 
     class Follower:
-        def __init__(self, _place: Place, _name: str, goal: Phase, patience: Patience, _p: object) -> None:
+        def __init__(
+            self, _place: Place, _name: str, goal: Phase, patience: Patience, _p: object, **_more: object
+        ) -> None:
             made.goals.append(goal)
             self.patience = patience
 

@@ -21,6 +21,17 @@ def tasks(number: int) -> str:
     return f"{number} task" if number == 1 else f"{number} tasks"
 
 
+def printable(text: str) -> str:
+    """The text with every character that could steer a terminal written out (``\\x1b``, ``\\u202e``).
+
+    Whoever may run a program chooses its name: ``prctl(PR_SET_NAME)`` takes any bytes, and
+    ``/proc/PID/stat`` shows them as they are (fs/proc/array.c, proc_task_name()).
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 class Phase(Enum):
     """Where a patch stands.
 
@@ -259,10 +270,14 @@ class End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something that was done about a transition; ``seconds`` since following began."""
+    """Something that was done; ``seconds`` since following (or the action) began.
+
+    ``tids`` are the threads that it was done to.
+    """
 
     seconds: float
     text: str
+    tids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +294,8 @@ class Followed:
     """A transition as it was followed. ``woken`` are the threads that were interrupted.
 
     ``first`` is the first look that found tasks left, before anything was done about them; ``last`` is the
-    last look, None when it found none: at a stall, what holds it up.
+    last look, None when it found none: at a stall, what holds it up. ``began``: when following began, in
+    seconds since the action did; ``goal``: where it was followed to.
     """
 
     end: End
@@ -289,6 +305,8 @@ class Followed:
     woken: tuple[int, ...] = ()
     first: Transition | None = None
     last: Transition | None = None
+    began: float = 0.0
+    goal: Phase | None = None
 
 
 class Result(Enum):
@@ -309,6 +327,9 @@ class ActionReport:
     ``followed`` has each transition that was followed (the patch's, then that of taking it back after a
     stall). ``replaced`` are the patches that a cumulative one replaced, ``removed`` the modules that were
     unloaded. ``messages`` is what the kernel said meanwhile about livepatching.
+
+    ``file`` and ``sha256`` are the module's, '' when it was loaded before; ``note`` is what kmend wrote into
+    it. ``began`` is when the action began, by the clock of the kernel's log; steps count from there.
     """
 
     verb: str
@@ -317,7 +338,7 @@ class ActionReport:
     why: str
     next_step: str = ""
     checks: tuple[Check, ...] = ()
-    steps: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
     followed: tuple[Followed, ...] = ()
     replaced: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -325,3 +346,7 @@ class ActionReport:
     warnings: tuple[Refusal, ...] = ()
     messages: tuple[KernelMessage, ...] = ()
     seconds: float = 0.0
+    file: str = ""
+    sha256: str = ""
+    note: Mapping[str, object] = field(default_factory=dict)
+    began: float = 0.0

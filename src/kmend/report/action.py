@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kmend.core.errors import Refusal
-from kmend.core.live import ActionReport, Check, Followed, Result
+from kmend.core.live import ActionReport, Check, Followed, Result, printable
 from kmend.report.live import transition_document
 
 
@@ -35,7 +35,10 @@ def _document(report: ActionReport) -> dict[str, object]:
         "why": report.why,
         "next_step": report.next_step,
         "checks": [{"name": row.name, "passed": row.passed, "text": row.text} for row in report.checks],
-        "steps": list(report.steps),
+        "steps": [row.text for row in report.steps],
+        "timeline": [
+            {"seconds": row.seconds, "text": row.text, "tids": list(row.tids)} for row in report.steps
+        ],
         "transitions": [_followed(row) for row in report.followed],
         "replaced": list(report.replaced),
         "removed": list(report.removed),
@@ -43,6 +46,9 @@ def _document(report: ActionReport) -> dict[str, object]:
         "warnings": [_refusal(row) for row in report.warnings],
         "messages": [{"seconds": row.seconds, "text": row.text} for row in report.messages],
         "seconds": round(report.seconds, 3),
+        "file": report.file or None,
+        "sha256": report.sha256 or None,
+        "note": dict(report.note),
     }
 
 
@@ -53,6 +59,8 @@ def _refusal(row: Refusal) -> dict[str, str]:
 def _followed(row: Followed) -> dict[str, object]:
     return {
         "end": row.end.value,
+        "direction": row.goal.value if row.goal is not None else None,
+        "began": row.began,
         "seconds": round(row.seconds, 3),
         "samples": [[one.seconds, one.left, one.tasks] for one in row.samples],
         "steps": [{"seconds": one.seconds, "text": one.text} for one in row.steps],
@@ -69,7 +77,8 @@ def to_text(report: ActionReport) -> str:
         lines.append(f"{report.patch}: {report.why}" if report.patch not in report.why else report.why)
     for row in report.refused:
         lines += _lines_of("refused", row)
-    lines += [f"  {step}" for step in report.steps]
+    timed = any(row.seconds for row in report.steps)
+    lines += [(f"  {row.seconds:5.1f} s  " if timed else "  ") + row.text for row in report.steps]
     lines += _not_looked(report.checks)
     if report.replaced:
         lines.append(f"  replaced: {', '.join(report.replaced)}")
@@ -77,7 +86,7 @@ def to_text(report: ActionReport) -> str:
         lines += _lines_of("warning", row)
     if report.messages and not succeeded(report):
         lines.append("  the kernel said:")
-        lines += [f"    [{row.seconds:12.6f}] {row.text}" for row in report.messages]
+        lines += [f"    [{row.seconds:12.6f}] {printable(row.text)}" for row in report.messages]
     if report.next_step:
         lines.append(f"  next: {report.next_step}")
     return "\n".join(lines)

@@ -71,6 +71,8 @@ class Follower:
     wake: Callable[[list[int]], Woken] = interrupt
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    #: told of each step when it is done, so that whoever watches can see it
+    told: Callable[[Step], None] | None = None
     samples: list[Sample] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     woken: dict[int, float] = field(default_factory=dict)
@@ -120,6 +122,7 @@ class Follower:
             woken=tuple(self.woken),
             first=self._first,
             last=self._last,
+            goal=self.goal,
         )
 
     def _end(self) -> End | None:
@@ -197,5 +200,7 @@ class Follower:
         self.failed.update(woken.failed)
         if text != self._said:
             self._said = text
-            self.steps.append(Step(round(self._seconds(), 3), text))
+            self.steps.append(Step(round(self._seconds(), 3), text, tuple(row.task.tid for row in rows)))
+            if self.told is not None:
+                self.told(self.steps[-1])
             self.progress.step(f"{self.goal.value} {self.name}: {text}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kmend.core.errors import Refusal, Unable
 from kmend.core.live import Check, KernelState, LivePatch, Phase, tasks
@@ -32,6 +32,7 @@ class ModuleFile:
 
     ``build_id`` is that of the kernel which it was built and proved for ('' in modules that kmend did not
     build). ``wanted`` and ``replace`` are None when nothing at hand can read the module's descriptors.
+    ``note`` is what kmend wrote into it (empty for others').
     """
 
     path: str
@@ -44,6 +45,7 @@ class ModuleFile:
     sha256: str
     wanted: tuple[Wanted, ...] | None
     replace: bool | None
+    note: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def release(self) -> str:

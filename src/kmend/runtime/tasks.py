@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kmend.core.errors import Unable
-from kmend.core.live import Frame, Task
+from kmend.core.live import Frame, Task, printable
 from kmend.runtime.place import Place, optional, text
 
 #: ``PF_KTHREAD`` (include/linux/sched.h): the ninth field of ``/proc/PID/stat`` has the task's flags.
@@ -108,8 +108,8 @@ def read_task(place: Place, pid: int, tid: int) -> Task | None:
     return Task(
         pid=pid,
         tid=tid,
-        name=head.partition("(")[2],
-        process=optional(place.proc / str(pid) / "comm") or "",
+        name=printable(head.partition("(")[2]),
+        process=printable(optional(place.proc / str(pid) / "comm") or ""),
         state=fields[0],
         kthread=bool(int(fields[6]) & PF_KTHREAD),
         patch_state=int(state) if state is not None and state.lstrip("-").isdigit() else UNDEFINED,
