@@ -326,12 +326,13 @@ class Manager:
 
     def _remove_quietly(self, run: _Run, name: str) -> None:
         try:
-            act.remove(self.place, name, limit=3.0)
+            removed = act.remove(self.place, name, limit=3.0)
         except KmendError as error:
             run.step(f"the module of {name} stays: {error.why}")
             return
-        run.removed.append(name)
-        run.step(f"unloaded {name}, which was left behind")
+        if removed:
+            run.removed.append(name)
+            run.step(f"unloaded {name}, which was left behind")
 
     # -- taking back --------------------------------------------------------------------------------
 
@@ -366,8 +367,10 @@ class Manager:
             def work(run: _Run) -> ActionReport:
                 if patch.phase in (Phase.ENABLED, Phase.PATCHING):
                     turned = patch.phase is Phase.PATCHING
-                    act.set_enabled(self.place, name, False, run.messages)
-                    run.step("turned its transition round" if turned else "disabled it")
+                    if act.set_enabled(self.place, name, False, run.messages):
+                        run.step("turned its transition round" if turned else "disabled it")
+                    else:
+                        run.step("somebody else has taken it back meanwhile")
                 if patch.phase.moving or patch.phase is Phase.ENABLED:
                     if not following.wait:
                         return self._report(run, Result.PENDING, f"{name} is being taken back")
@@ -375,9 +378,11 @@ class Manager:
                     if report is not None:
                         return report
                 if verb == "unload":
-                    act.remove(self.place, name)
-                    run.removed.append(name)
-                    run.step("unloaded its module")
+                    if act.remove(self.place, name):
+                        run.removed.append(name)
+                        run.step("unloaded its module")
+                    else:
+                        run.step("somebody else has unloaded its module meanwhile")
                     return self._report(run, Result.DONE, f"{name} is taken back and unloaded")
                 return self._report(
                     run,
@@ -512,11 +517,12 @@ class Manager:
                     run.step(f"{goal.value} is complete after {found.seconds:.1f} s")
                     return None
                 case End.REVERSED:
-                    return self._report(
-                        run, Result.FAILED, f"somebody turned the transition of {run.patch} round"
-                    )
+                    report = self._turned_round(run, goal, following)
+                    if report is not None:
+                        return report
+                    continue  # and round again: it goes where it was to go
                 case End.GONE:
-                    return self._report(run, Result.FAILED, f"{run.patch} was taken away meanwhile")
+                    return self._interfered(run, _taken_away(run.patch))
                 case End.STALLED:
                     choice = self._choice(following.on_stall, found.last)
             run.step(f"stalled after {found.seconds:.0f} s with {_left(found)}; now: {choice.value}")
@@ -545,10 +551,40 @@ class Manager:
             case OnStall.ASK:
                 return Choice.REVERSE if self.ask is None else self.ask(last)
 
+    def _turned_round(self, run: _Run, goal: Phase, following: Following) -> ActionReport | None:
+        """Somebody else turned the transition round: it is followed to where it goes now.
+
+        Not turned again: whoever did it may know why. None: they turned it a second time.
+        """
+        back = _other_way(goal)
+        run.step("somebody turned it round; it is followed to its end")
+        found = self._follower(run, back, following.patience).run()
+        run.followed.append(found)
+        refusal = _turned(run.patch, goal)
+        match found.end:
+            case End.REVERSED:
+                return None
+            case End.STALLED:
+                report = self._report(
+                    run, Result.STALLED, f"{run.patch} was turned round and has not ended", "kmend blockers"
+                )
+                return replace(report, refused=(refusal, _stalled(run.patch, back, found)))
+            case End.COMPLETE:
+                run.step(f"{back.value} is complete after {found.seconds:.1f} s")
+                return self._interfered(run, refusal)
+            case End.GONE:
+                return self._interfered(run, _taken_away(run.patch))
+
+    def _interfered(self, run: _Run, refusal: Refusal) -> ActionReport:
+        """Somebody else took the patch back, or kept it: what this load brought goes with it."""
+        if run.verb == "load" and read_patch(self.place, run.patch, objects=False) is None:
+            self._remove_quietly(run, run.patch)
+        return replace(self._report(run, Result.FAILED, refusal.what), refused=(refusal,))
+
     def _reverse(self, run: _Run, goal: Phase, following: Following, stalled: Followed) -> ActionReport:
         """Go back to how it was before: the stall's reason is what is reported."""
         refusal = _stalled(run.patch, goal, stalled)
-        back = Phase.UNPATCHING if goal is Phase.PATCHING else Phase.PATCHING
+        back = _other_way(goal)
         act.set_enabled(self.place, run.patch, back is Phase.PATCHING, run.messages)
         patience = replace(following.patience, limit=max(following.patience.limit, WAY_BACK))
         found = run.follow(self._follower(run, back, patience))
@@ -562,8 +598,7 @@ class Manager:
         if back is Phase.PATCHING:
             why = f"{run.patch} could not be taken back, and is in force as before"
         else:
-            if run.verb == "load":
-                act.remove(self.place, run.patch)
+            if run.verb == "load" and act.remove(self.place, run.patch):
                 run.removed.append(run.patch)
             why = f"{run.patch} could not be brought into force, and was taken back"
         return replace(self._report(run, Result.REVERSED, why), refused=(refusal,))
@@ -875,6 +910,29 @@ def _stalled(name: str, goal: Phase, found: Followed) -> Refusal:
         f"{goal.value} {name} did not end within {found.seconds:.0f} s: {_left(found)}",
         "\n".join(shown) or "the kernel does not say what it waits for",
         "let these tasks go on and try again; --wait SECONDS or --on-stall wait gives it more time",
+    )
+
+
+def _other_way(goal: Phase) -> Phase:
+    return Phase.UNPATCHING if goal is Phase.PATCHING else Phase.PATCHING
+
+
+def _turned(name: str, goal: Phase) -> Refusal:
+    kept = "is in force as before" if goal is Phase.UNPATCHING else "is not in force"
+    return Refusal(
+        "turned-round",
+        f"somebody else turned the transition of {name} round: it {kept}",
+        f"while kmend followed its {goal.value}, something wrote to /sys/kernel/livepatch/{name}/enabled",
+        "find out who works on this kernel beside you, then run the command again",
+    )
+
+
+def _taken_away(name: str) -> Refusal:
+    return Refusal(
+        "taken-away",
+        f"somebody else took {name} back while kmend followed it: it is not in force",
+        f"/sys/kernel/livepatch/{name} is gone, and kmend did not do it",
+        "find out who works on this kernel beside you, then run the command again",
     )
 
 

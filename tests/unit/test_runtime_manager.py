@@ -183,6 +183,32 @@ def test_what_makes_no_sense_is_refused_by_name(
     assert machine.done == []
 
 
+@pytest.mark.parametrize(
+    ("ends", "goals", "result", "rule"),
+    [
+        ([End.REVERSED, End.COMPLETE], [Phase.UNPATCHING, Phase.PATCHING], Result.FAILED, "turned-round"),
+        (
+            [End.REVERSED, End.REVERSED, End.COMPLETE],  # they changed their mind
+            [Phase.UNPATCHING, Phase.PATCHING, Phase.UNPATCHING],
+            Result.DONE,
+            None,
+        ),
+        ([End.REVERSED, End.STALLED], [Phase.UNPATCHING, Phase.PATCHING], Result.STALLED, "turned-round"),
+        ([End.REVERSED, End.GONE], [Phase.UNPATCHING, Phase.PATCHING], Result.FAILED, "taken-away"),
+    ],
+)
+def test_what_somebody_else_turns_round_is_followed_and_told(
+    machine: Machine, ends: list[End], goals: list[Phase], result: Result, rule: str | None
+) -> None:
+    machine.patch(0, 1)
+    machine.ends = ends
+    report = machine.manager().unload("fix", Following())
+    assert (report.result, machine.goals) == (result, goals)
+    assert [row.rule for row in report.refused][:1] == ([rule] if rule else [])
+    assert Journal(machine.state, "b").records()[-1].event == "end"
+    assert machine.done == (["rmmod fix"] if result is Result.DONE else [])
+
+
 def test_force_is_remembered_in_the_journal(machine: Machine) -> None:
     machine.patch(1, 1)
     assert machine.manager().force("fix", confirmed=False).result is Result.REFUSED

@@ -115,8 +115,10 @@ def force(place: Place, name: str, messages: Messages) -> None:
         raise Refused([answers.explain(f"{name} was not forced", number, messages())])
 
 
-def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> None:
+def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> bool:
     """Unload a module once nothing refers to it any more; ``limit`` in seconds.
+
+    False: somebody else was quicker.
 
     Raises:
         Refused: it stays in use (rule ``module-in-use``), or the kernel refuses.
@@ -125,7 +127,7 @@ def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> None:
     while True:
         number = syscalls.delete_module(name)
         if number in (0, errno.ENOENT):
-            return
+            return number == 0
         if number not in (errno.EWOULDBLOCK, errno.EBUSY):
             raise Refused([answers.unexplained(f"{name} was not unloaded", number, ())])
         if time.monotonic() >= deadline:
@@ -133,7 +135,7 @@ def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> None:
         time.sleep(0.02)
     module = read_module(place, name)
     if module is None:
-        return
+        return False
     holders = f"; it is used by {', '.join(module.holders)}" if module.holders else ""
     raise Refused(
         [
