@@ -35,6 +35,7 @@ from kmend.patch.intake import parse
 from kmend.product import (
     Signing,
     concluded,
+    cve_names,
     frame,
     kernel_id,
     modinfo_of,
@@ -162,6 +163,8 @@ class _Build:
         self.refusals: list[Refusal] = []
         self.considered = 0
         self.units = UnitCounts()
+        self.cves = cve_names(*(text for row in request.patches for text in row))
+        self.digest = ""
 
     def run(self) -> BuildReport:
         measure = self.timings.measure
@@ -392,7 +395,7 @@ class _Build:
             json.dumps([[o.name, [[f.name, f.sympos, f.status] for f in o.functions]] for o in rows]).encode()
         )
         made_from.update(b"".join(text for _, text in self.request.patches))
-        digest = made_from.hexdigest()
+        self.digest = digest = made_from.hexdigest()
         title, origin = self.patchset.title, self.patchset.origin
         base = frame(view, [work.unit.owner for work in works if work.unit.owner != VMLINUX])
         self.warnings += base.warnings
@@ -405,7 +408,7 @@ class _Build:
                     ("version", __version__),
                     *modinfo_of(self.target, self.name, digest=digest),
                 ),
-                note(self.target, self.name, title=title, origin=origin, digest=digest),
+                note(self.target, self.name, title=title, origin=origin, digest=digest, cves=self.cves),
                 base.forget,
             ),
             [
@@ -487,6 +490,8 @@ class _Build:
             warnings=self.warnings,
             verified=Verified(sum(p.functions for p in proofs), sum(p.identical for p in proofs), ()),
             units=self.units,
+            cves=self.cves,
+            digest=self.digest,
         )
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from kmend.view import TargetView
 
 
+_CVE = re.compile(rb"(?<![A-Za-z0-9])[Cc][Vv][Ee]-[0-9]{4}-[0-9]{4,7}(?![0-9])")
+
+
 @dataclass(frozen=True, slots=True)
 class Signing:
     """With what a module is signed: a private key (PEM file or PKCS#11 URI) and its certificate."""
@@ -50,6 +53,15 @@ def module_name(text: str) -> str:
 
 def kernel_id(target: Target) -> KernelId:
     return KernelId(target.release, target.version, target.build_id)
+
+
+def cve_names(*texts: bytes | str) -> tuple[str, ...]:
+    """The CVE names that the texts mention, each once, oldest first (cve.org: CVE-YEAR-NUMBER)."""
+    found = set()
+    for text in texts:
+        words = text if isinstance(text, bytes) else text.encode(errors="replace")
+        found |= {name.decode().upper() for name in _CVE.findall(words)}
+    return tuple(sorted(found, key=lambda name: [int(part) for part in name.split("-")[1:]]))
 
 
 def one_line(text: str) -> str:
@@ -97,8 +109,13 @@ def frame(view: TargetView, modules: Iterable[str], *, own_init: bool = False) -
     return Frame(glue, forget, crcs_of([*needed, "module_layout"], view.exports), warnings)
 
 
-def note(target: Target, name: str, *, title: str, origin: str, digest: str) -> bytes:
-    """The contents of the note that ``kmend info`` shows; ``digest`` names what the module was made from."""
+def note(
+    target: Target, name: str, *, title: str, origin: str, digest: str, cves: Sequence[str] = ()
+) -> bytes:
+    """The contents of the note that ``kmend info`` shows; ``digest`` names what the module was made from.
+
+    ``cves`` are the CVE names that the patch mentions.
+    """
     return json.dumps(
         {
             "kmend": __version__,
@@ -108,6 +125,7 @@ def note(target: Target, name: str, *, title: str, origin: str, digest: str) -> 
             "kernel": target.release,
             "build_id": target.build_id,
             "report": digest,
+            "cves": list(cves),
         },
         sort_keys=True,
     ).encode()
@@ -147,6 +165,8 @@ def written(
     warnings: Sequence[Refusal],
     verified: Verified | None = None,
     units: UnitCounts | None = None,
+    cves: Sequence[str] = (),
+    digest: str = "",
 ) -> BuildReport:
     """Sign the module if asked, and write ``NAME.ko`` into the folder ``output``."""
     if signing is not None:
@@ -165,6 +185,8 @@ def written(
         warnings=tuple(dict.fromkeys(warnings)),
         verified=verified or Verified(),
         units=units or UnitCounts(),
+        cves=tuple(cves),
+        digest=digest,
     )
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kmend.core.errors import Failed, Refusal
 from kmend.core.report import BuildReport, FunctionRow, KernelId, ObjectRow, Outcome, Verified
+from kmend.product import cve_names
 from kmend.report.build import from_document, to_document, to_text
 
 REPORT = BuildReport(
@@ -32,6 +33,8 @@ REPORT = BuildReport(
     warnings=(Refusal("hunk-moved", "fs/x.c", "+2 lines\nfrom there", "look"),),
     verified=Verified(2, 2, ("helper",)),
     timings={"compile": 1.5, "total": 2.25},
+    cves=("CVE-2024-1234",),
+    digest="cafe",
 )
 
 
@@ -39,7 +42,7 @@ def test_the_document_is_the_contract() -> None:
     document = to_document(REPORT)
     assert list(document) == [
         "schema", "name", "result", "kernel", "module", "sha256", "objects", "refused", "warnings",
-        "verified", "timings",
+        "verified", "timings", "cves", "digest",
     ]  # fmt: skip
     assert document["schema"] == 1
     assert document["result"] == "built"
@@ -63,6 +66,7 @@ def test_text() -> None:
         "fix: built",
         "kernel   6.1.0-55-amd64  #1 SMP Debian 6.1.192-1",
         "module   /tmp/fix.ko",
+        "mentions CVE-2024-1234",
         "",
         "object  function                status   why",
         "ext4    ext4_mb_load_buddy_gfp  changed  directly edited",
@@ -146,3 +150,17 @@ def test_many_reasons_of_one_rule_are_shortened() -> None:
     assert text.count("refused (changed-data)") == 5
     assert "36 more of the kind: variable_4, " in text
     assert "variable_39" not in text
+
+
+def test_reports_of_older_versions_can_be_read() -> None:
+    document = to_document(REPORT)
+    del document["cves"], document["digest"]
+    assert (from_document(document).cves, from_document(document).digest) == ((), "")
+    with pytest.raises(Failed):
+        from_document({**document, "cves": "CVE-2024-1234"})
+
+
+def test_names_of_cves_are_found_in_the_text_and_ordered() -> None:
+    text = b"cve-2024-12345, CVE-2024-9999 (CVE-2024-9999), xCVE-2024-1111, CVE-2024-123, CVE-2024-12345678"
+    assert cve_names("CVE-2023-52447.patch", text) == ("CVE-2023-52447", "CVE-2024-9999", "CVE-2024-12345")
+    assert cve_names(b"") == ()

@@ -68,7 +68,11 @@ class KernelId:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """Everything a build has to tell. ``timings`` are wall seconds per stage; ``units`` only people see."""
+    """Everything a build has to tell. ``timings`` are wall seconds per stage; ``units`` only people see.
+
+    ``cves`` are the CVE names that the patch mentions. ``digest`` names what the module was made from; its
+    note has the same (``report``), which tells that the two belong together.
+    """
 
     name: str
     result: Outcome
@@ -81,3 +85,5 @@ class BuildReport:
     verified: Verified = Verified()
     units: UnitCounts = UnitCounts()
     timings: dict[str, float] = field(default_factory=dict)
+    cves: tuple[str, ...] = ()
+    digest: str = ""

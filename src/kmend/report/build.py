@@ -56,6 +56,8 @@ def to_document(report: BuildReport) -> dict[str, object]:
             "skipped": list(report.verified.skipped),
         },
         "timings": {name: round(seconds, 3) for name, seconds in report.timings.items()},
+        "cves": list(report.cves),
+        "digest": report.digest,
     }
 
 
@@ -106,6 +108,8 @@ def from_document(document: object) -> BuildReport:
             tuple(str(name) for name in verified.get("skipped", list)),
         ),
         timings=_timings(top.get("timings", dict)),
+        cves=tuple(str(name) for name in top.added("cves", list, [])),
+        digest=top.added("digest", str, ""),
     )
 
 
@@ -140,6 +144,10 @@ class _Reader:
             raise _damaged(f"{key!r} of {self._place} is not of type {kind.__name__}")
         return value
 
+    def added(self, key: str, kind: type[T], default: T) -> T:
+        """A field that reports of older versions have not."""
+        return default if key not in self._value else self.get(key, kind)
+
     def optional(self, key: str) -> str | None:
         return None if self._value.get(key) is None else self.get(key, str)
 
@@ -166,6 +174,8 @@ def to_text(report: BuildReport) -> str:
         lines.append(f"kernel   {report.kernel.release}  {report.kernel.version}".rstrip())
     if report.module:
         lines.append(f"module   {report.module}")
+    if report.cves:
+        lines.append(f"mentions {', '.join(report.cves)}")
     rows = [
         (row.name, function.name + (f" (sympos {function.sympos})" if function.sympos > 1 else ""),
          function.status, function.why)
