@@ -210,7 +210,11 @@ def build_index(target: Target, progress: Progress) -> None:
     """
     progress.step(f"reading the symbol table of {target.release}")
     result = run(
-        [sys.executable, "-m", "kmend.kernel.kallsyms_finder", str(target.vmlinux)], timeout=300, check=False
+        [sys.executable, "-P", "-m", "kmend.kernel.kallsyms_finder", str(target.vmlinux)],
+        # the Debian package's folder is on no interpreter's path; -P: nor is the current one to be
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=300,
+        check=False,
     )
     if result.status != 0:
         tail = result.errors.strip().splitlines()[-1:]
