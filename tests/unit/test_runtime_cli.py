@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from kmend.core.live import (
     Result,
     Task,
     Transition,
+    printable,
 )
 from kmend.core.taint import decode
 from kmend.manager import Choice, OnStall
@@ -162,3 +164,45 @@ def test_several_actions_end_at_the_first_that_fails(capsys: pytest.CaptureFixtu
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "kmend:" in capsys.readouterr().err
+
+
+def sleeper(pid: int, **other: object) -> Blocker:
+    task = Task(pid, pid, "sleep", "sleep", "S", False, 0, (Frame("nap", pid), Frame("call", 2)), pids=(pid,))
+    row = Blocker(task, Cause.IN_FUNCTION, "nap", "vmlinux", "sleeps inside nap()", "wake it", True)
+    return replace(row, **other)  # type: ignore[arg-type]  # any of its fields
+
+
+def test_equal_blockers_are_shown_once_with_all_their_numbers() -> None:
+    rows = (*(sleeper(pid) for pid in range(100, 120)), BLOCKER, sleeper(120, why="waits", function=""))
+    shown = list(live.blockers_text(Transition("fix", Phase.PATCHING, 1, 50, 22, rows)))
+    assert shown[1] == "20 tasks (sleep) sleep inside nap()  [S]"
+    assert " ".join(line.strip() for line in shown[2:4]) == "pids: " + ", ".join(map(str, range(100, 120)))
+    assert [line for line in shown if "nap+" in line] == ["    nap+0x64 <- here", "    nap+0x78"]
+    assert "120 (sleep) waits  [S]" in shown
+    status_lines = list(live.transition_text(Transition("fix", Phase.PATCHING, 1, 50, 25, rows)))
+    assert status_lines[1:] == [
+        "  20 tasks (sleep) sleep inside nap()",
+        "  30 thread 31 (reader/worker, 7 in its namespace) sleeps inside pipe_read()",
+        "  120 (sleep) waits",
+        "  … and 3 more (kmend blockers)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "several"),
+    [
+        ("waits until its child ends", "wait until its child ends"),
+        ("is frozen by its cgroup", "are frozen by its cgroup"),
+        ("a kernel thread that sleeps uninterruptibly", "kernel threads that sleep uninterruptibly"),
+        ("does something new", "each does something new"),
+    ],
+)
+def test_sentences_of_several_tasks(one: str, several: str) -> None:
+    assert live.plural(one) == several
+
+
+def test_what_is_shown_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2J\u202eb\n") == r"a\x1b[2J\u202eb\n"
+    assert printable("grün ☂") == "grün ☂"
+    note = {"title": "\x1b]0;x\x07", "cves": ["CVE-2024-1234"], "empty": ""}
+    assert list(live.note_text(note)) == [r"title: \x1b]0;x\x07", "cves: CVE-2024-1234"]

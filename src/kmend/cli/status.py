@@ -6,7 +6,8 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
@@ -15,6 +16,9 @@ from kmend.runtime import persistence
 from kmend.runtime.journal import Record
 from kmend.runtime.observe import Seen, observe
 from kmend.runtime.place import Place
+
+if TYPE_CHECKING:
+    from kmend.origin import Origin
 
 #: Homes the cursor and clears what is below; each line clears its own rest, so that nothing flickers.
 _HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
@@ -61,9 +65,18 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from kmend.cli.install import boot_document, boot_text
 
     boot = persistence.look(place, context.config.state, seen.kernel.release, seen.kernel.boot_id)
-    context.emit({**document(seen, args.name), "boot": boot_document(boot)})
+    origins = origins_of(seen, context)
+    context.emit({**document(seen, origins, args.name), "boot": boot_document(boot)})
     context.say("\n".join((*lines(seen, args.name), *boot_text(boot))))
     return 0
+
+
+def origins_of(seen: Seen, context: Context) -> dict[str, Origin]:
+    """Where each patch comes from, by its name."""
+    from kmend.origin import Origins
+
+    origins = Origins(context.config.state, seen.kernel.release, seen.kernel.boot_id)
+    return origins.all_of((*seen.patches, *seen.left))
 
 
 def chosen(seen: Seen, name: str | None) -> None:
@@ -83,7 +96,7 @@ def chosen(seen: Seen, name: str | None) -> None:
     )
 
 
-def document(seen: Seen, name: str | None = None) -> dict[str, object]:
+def document(seen: Seen, origins: Mapping[str, Origin], name: str | None = None) -> dict[str, object]:
     """The JSON document."""
     from kmend.report import live
 
@@ -92,12 +105,24 @@ def document(seen: Seen, name: str | None = None) -> dict[str, object]:
         "schema": 1,
         "verb": "status",
         "kernel": live.kernel_document(seen.kernel),
-        "patches": [live.patch_document(row) for row in wanted],
-        "left": [live.patch_document(row) for row in seen.left if name in (None, row.name)],
+        "patches": [patch_document(row, origins) for row in wanted],
+        "left": [patch_document(row, origins) for row in seen.left if name in (None, row.name)],
         "transition": live.transition_document(seen.transition),
         "unfinished": [unfinished_document(row) for row in seen.unfinished],
         "acting": seen.acting,
         "notes": list(seen.notes),
+    }
+
+
+def patch_document(patch: LivePatch, origins: Mapping[str, Origin]) -> dict[str, object]:
+    """A patch, with where it comes from."""
+    from kmend.report import live
+
+    origin = origins.get(patch.name)
+    return {
+        **live.patch_document(patch),
+        "cves": [] if origin is None else list(origin.cves),
+        "report": None if origin is None else origin.report_file or None,
     }
 
 

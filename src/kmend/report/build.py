@@ -176,14 +176,8 @@ def to_text(report: BuildReport) -> str:
         lines.append(f"module   {report.module}")
     if report.cves:
         lines.append(f"mentions {', '.join(report.cves)}")
-    rows = [
-        (row.name, function.name + (f" (sympos {function.sympos})" if function.sympos > 1 else ""),
-         function.status, function.why)
-        for row in report.objects
-        for function in row.functions
-    ]  # fmt: skip
-    if rows:
-        lines += ["", *columns([("object", "function", "status", "why"), *rows])]
+    if rows := rows_text(report):
+        lines += ["", *rows]
     verdict = "failed" if report.result is Outcome.FAILED else "refused"
     for title, reasons in ((verdict, report.refused), ("warning", report.warnings)):
         lines += grouped(title, reasons)
@@ -197,6 +191,17 @@ def to_text(report: BuildReport) -> str:
     if report.timings:
         lines += ["", timings_line(report.timings)]
     return "\n".join(lines) + "\n"
+
+
+def rows_text(report: BuildReport) -> list[str]:
+    """Objects and functions as a table; nothing when there are none."""
+    rows = [
+        (row.name, function.name + (f" (sympos {function.sympos})" if function.sympos > 1 else ""),
+         function.status, function.why)
+        for row in report.objects
+        for function in row.functions
+    ]  # fmt: skip
+    return columns([("object", "function", "status", "why"), *rows]) if rows else []
 
 
 def grouped(title: str, reasons: Iterable[Refusal]) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from kmend.core.live import (
@@ -14,12 +17,27 @@ from kmend.core.live import (
     LogEntry,
     Phase,
     Transition,
+    printable,
+    tasks,
 )
 
-#: So many blockers `kmend status` shows; `kmend blockers` shows all, with their stacks.
+#: So many groups of blockers `kmend status` shows; `kmend blockers` shows all, with their stacks.
 SHOWN_BLOCKERS = 8
 #: So many functions of one object fit into a line.
 SHOWN_FUNCTIONS = 12
+#: So many different names of the tasks of one group.
+SHOWN_NAMES = 4
+_CVE = re.compile(r"CVE-[0-9]{4}-[0-9]{4,7}")
+#: How the sentences of ``runtime.blockers`` begin, and what that is of several tasks.
+_PLURALS = (
+    ("sleeps", "sleep"),
+    ("waits", "wait"),
+    ("runs on a processor", "run on processors"),
+    ("is ", "are "),
+    ("a kernel thread that sleeps", "kernel threads that sleep"),
+    ("a kernel thread that runs on a processor", "kernel threads that run on processors"),
+    ("its stack cannot", "their stacks cannot"),
+)
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -178,7 +196,7 @@ def patch_text(patch: LivePatch, *, every: bool = False) -> Iterator[str]:
     order = f"#{patch.order}" if patch.order else "  "
     yield f"{order} {patch_line(patch)}"
     if patch.module is not None and not every:
-        yield from (f"     {line}" for line in _origin(patch.module))
+        yield from (f"     {line}" for line in _origin(patch.module.note))
     for obj in patch.objects:
         state = "" if obj.patched is not False else " (not loaded)"
         names = [f.name if f.sympos <= 1 else f"{f.name},{f.sympos}" for f in obj.functions]
@@ -192,14 +210,22 @@ def patch_text(patch: LivePatch, *, every: bool = False) -> Iterator[str]:
             yield f"       shadowed by {other}: {', '.join(hidden[:shown])}"
 
 
-def _origin(module: LiveModule) -> Iterator[str]:
-    note = module.note
+def _origin(note: Mapping[str, object]) -> Iterator[str]:
     if title := note.get("title"):
-        yield f"title: {title}"
+        yield printable(f"title: {title}")
+    if cves := cves_of(note):
+        yield f"mentions {', '.join(cves)}"
     if origin := note.get("origin"):
-        yield f"origin: {origin}"
+        yield printable(f"origin: {origin}")
     if note:
-        yield f"built by kmend {note.get('kmend', '?')} for {note.get('kernel', '?')}"
+        yield printable(f"built by kmend {note.get('kmend', '?')} for {note.get('kernel', '?')}")
+
+
+def cves_of(note: Mapping[str, object]) -> tuple[str, ...]:
+    """The CVE names in a module's note, as far as they look like such."""
+    named = note.get("cves")
+    rows = named if isinstance(named, list) else []
+    return tuple(name for name in rows if isinstance(name, str) and _CVE.fullmatch(name))
 
 
 def transition_text(row: Transition) -> Iterator[str]:
@@ -212,9 +238,10 @@ def transition_text(row: Transition) -> Iterator[str]:
             f"{word} {row.patch}: all {row.tasks} tasks have switched; the kernel waits for idle "
             "processors or is finishing"
         )
-    for blocker in row.blockers[:SHOWN_BLOCKERS]:
-        yield "  " + blocker_line(blocker)
-    more = row.left - min(len(row.blockers), SHOWN_BLOCKERS)
+    groups = grouped(row.blockers)
+    for group in groups[:SHOWN_BLOCKERS]:
+        yield "  " + group_line(group)
+    more = row.left - sum(len(group.rows) for group in groups[:SHOWN_BLOCKERS])
     if more > 0:
         yield f"  … and {more} more (kmend blockers)"
 
@@ -222,6 +249,77 @@ def transition_text(row: Transition) -> Iterator[str]:
 def blocker_line(row: Blocker) -> str:
     """A blocker in one line."""
     return f"{task_name(row)} {row.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Blockers of which the same can be said: same cause, function, sentences and functions on the stack."""
+
+    rows: tuple[Blocker, ...]
+
+    @property
+    def first(self) -> Blocker:
+        """One for all."""
+        return self.rows[0]
+
+
+def same(row: Blocker) -> tuple[object, ...]:
+    """What two blockers must have in common to be shown as one group."""
+    stack = row.task.stack
+    return (
+        row.cause,
+        row.function,
+        row.object,
+        row.why,
+        row.remedy,
+        row.task.state,
+        None if stack is None else tuple((frame.function, frame.module) for frame in stack),
+    )
+
+
+def grouped(rows: Iterable[Blocker]) -> tuple[Group, ...]:
+    """Equal blockers together, in the order of the first of each."""
+    found: dict[tuple[object, ...], list[Blocker]] = {}
+    for row in rows:
+        found.setdefault(same(row), []).append(row)
+    return tuple(Group(tuple(group)) for group in found.values())
+
+
+def group_line(group: Group) -> str:
+    """A group in one line: one task by its name, several by their number."""
+    if len(group.rows) == 1:
+        return blocker_line(group.first)
+    return f"{group_name(group)} {plural(group.first.why)}"
+
+
+def group_name(group: Group) -> str:
+    """``20 tasks (sleep)``; of many names the first few."""
+    names = list(dict.fromkeys(row.task.name for row in group.rows))
+    more = ", …" if len(names) > SHOWN_NAMES else ""
+    return f"{tasks(len(group.rows))} ({', '.join(names[:SHOWN_NAMES])}{more})"
+
+
+def plural(why: str) -> str:
+    """A blocker's sentence, said of several tasks."""
+    for one, several in _PLURALS:
+        if why.startswith(one):
+            return several + why.removeprefix(one)
+    return f"each {why}"
+
+
+def numbers_of(group: Group) -> list[str]:
+    """The number of each task of a group; ``process/thread`` where the two differ."""
+    return [
+        (f"{task.pid}/{task.tid}" if task.tid != task.pid else str(task.pid))
+        + (f" ({task.pids[-1]} in its namespace)" if len(task.pids) > 1 else "")
+        for task in (row.task for row in group.rows)
+    ]
+
+
+def numbers_text(group: Group) -> list[str]:
+    """All numbers of a group's tasks as lines of text."""
+    words = ", ".join(numbers_of(group))
+    return textwrap.wrap(words, 100, initial_indent="pids: ", subsequent_indent="      ")
 
 
 def task_name(row: Blocker) -> str:
@@ -236,8 +334,11 @@ def task_name(row: Blocker) -> str:
 def blockers_text(row: Transition) -> Iterator[str]:
     """Every blocker with its stack and what would help."""
     yield from list(transition_text(row))[:1]
-    for blocker in row.blockers:
-        yield f"{blocker_line(blocker)}  [{blocker.task.state}]"
+    for group in grouped(row.blockers):
+        blocker = group.first
+        yield f"{group_line(group)}  [{blocker.task.state}]"
+        if len(group.rows) > 1:
+            yield from (f"  {line}" for line in numbers_text(group))
         yield f"  helps: {blocker.remedy}"
         if blocker.task.stack is None:
             yield "  its stack cannot be read"
@@ -249,10 +350,25 @@ def blockers_text(row: Transition) -> Iterator[str]:
         yield f"… and {more} more"
 
 
+def moment(time: float) -> str:
+    """Seconds since the epoch as date and time of day (UTC), to the millisecond."""
+    try:
+        return datetime.fromtimestamp(time, tz=UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    except (ValueError, OverflowError, OSError):  # a clock or a file that is out of its mind
+        return f"@{time}"
+
+
+def note_text(note: Mapping[str, object]) -> Iterator[str]:
+    """What kmend wrote into a module, field by field."""
+    for key, value in note.items():
+        if value:
+            words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield printable(f"{key}: {words}")
+
+
 def log_line(row: LogEntry) -> str:
     """A line of the log with its time of day (UTC)."""
-    when = datetime.fromtimestamp(row.time, tz=UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-    return f"{when}  {row.source:6}  {row.text}"
+    return f"{moment(row.time)}  {row.source:6}  {printable(row.text)}"
 
 
 def table(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from kmend.core.errors import Refusal
 from kmend.core.live import tasks
 from kmend.core.plan import Forecast, FuncStack, Inside, Leaves, Plan, StackEntry, Verdict
-from kmend.report.live import blocker_document, blocker_line, kernel_document
+from kmend.report.live import Group, blocker_document, group_line, kernel_document, numbers_text, same
 
-#: People's text names so many tasks and func stacks; the JSON document has all.
+#: People's text names so many groups of equal tasks and func stacks; the JSON document has all.
 SHOWN = 25
 _WORDS = {
     Verdict.LOADS: "would load",
@@ -174,10 +174,17 @@ def _transition(row: Forecast, refused: bool) -> Iterator[str]:
     else:
         yield f"transition: {_seconds(row)}"
         yield f"  {row.why}"
-    for one in row.inside[:SHOWN]:
-        yield f"  {_inside(one, len(row.looks))}"
-    if len(row.inside) > SHOWN:
-        yield f"  … and {tasks(len(row.inside) - SHOWN)} more (--json has all)"
+    groups: dict[tuple[object, ...], list[Inside]] = {}
+    for one in row.inside:
+        groups.setdefault((same(one.blocker), one.seen, one.leaves, one.certain), []).append(one)
+    shown = list(groups.values())[:SHOWN]
+    for group in shown:
+        rows = Group(tuple(one.blocker for one in group))
+        yield f"  {_inside(rows, group[0], len(row.looks))}"
+        if len(group) > 1:
+            yield from (f"    {line}" for line in numbers_text(rows))
+    if len(groups) > SHOWN:
+        yield f"  … and {tasks(len(row.inside) - sum(map(len, shown)))} more (--json has all)"
     for text in row.helps:
         yield f"  helps: {text}"
 
@@ -190,10 +197,9 @@ def _seconds(row: Forecast) -> str:
     return f"{woken} with kmend load, {alone} by the kernel alone"
 
 
-def _inside(row: Inside, looks: int) -> str:
+def _inside(group: Group, row: Inside, looks: int) -> str:
     code = f" [{row.blocker.object}]" if row.blocker.object else ""
     certain = "" if row.certain else " (perhaps one that changes)"
     return (
-        f"{blocker_line(row.blocker)}{code}{certain}, at {row.seen} of {looks} looks; "
-        f"leaves: {_LEAVES[row.leaves]}"
+        f"{group_line(group)}{code}{certain}, at {row.seen} of {looks} looks; leaves: {_LEAVES[row.leaves]}"
     )
