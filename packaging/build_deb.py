@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,20 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "packaging"
 LIBRARY = "usr/lib/kmend"
 #: What kmend cannot do without; what each verb needs beside it is recommended, and `kmend doctor` names it.
-DEPENDS = "python3 (>= 3.{minor}), python3 (<< 3.{next}), libc6 (>= 2.34), init-system-helpers"
+#: init-system-helpers, which the maintainer scripts use, is essential and so not named (policy 3.5).
+DEPENDS = "python3 (>= 3.{minor}), python3 (<< 3.{next}), libc6 (>= 2.34)"
+#: Of needs.txt, what every Debian machine has (``Essential: yes``) and policy forbids to name.
+ESSENTIAL = {"dpkg"}
+#: What libraries bring for their own tests, or to be called by hand; other architectures' programs among it.
+LEFT_OUT = (
+    re.compile(r"vmlinux_to_elf/utils/elf_tests/"),
+    re.compile(r"(?:^|/)tests?/"),
+    re.compile(r"^pwiz\.py$"),  # of peewee
+    re.compile(r"^debian/doc-debtags$"),
+)
+#: Entries of an ELF file's dynamic section that name folders to look for libraries in (elf.h).
+DT_NULL, DT_RPATH, DT_RUNPATH = 0, 15, 29
+PT_DYNAMIC = 2
 COMMAND = """\
 #!/usr/bin/python3 -I
 import sys
@@ -37,7 +51,7 @@ CONTROL = """\
 Package: kmend
 Version: {version}
 Architecture: amd64
-Maintainer: The kmend developers <kmend@localhost>
+Maintainer: {maintainer}
 Installed-Size: {size}
 Depends: {depends}
 Recommends: {recommends}
@@ -84,9 +98,41 @@ def copy_distribution(one: importlib.metadata.Distribution, to: Path) -> None:
     for file in one.files or []:
         if ".." in file.parts or file.is_absolute() or "__pycache__" in file.parts:
             continue
+        if any(row.search(file.as_posix()) for row in LEFT_OUT):
+            continue
         target = to / file
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(str(one.locate_file(file)), target)
+        if file.name.endswith(".so"):
+            finish_library(target)
+
+
+def finish_library(file: Path) -> None:
+    """Take out of a shared library what belongs to the machine that it was built on."""
+    subprocess.run(["strip", "--strip-unneeded", file], check=True)
+    file.write_bytes(without_search_path(file.read_bytes()))
+
+
+def without_search_path(data: bytes) -> bytes:
+    """An ELF64 file without RPATH and RUNPATH: a wheel that was built here names this machine's folders.
+
+    Raises:
+        ValueError: it is no little-endian ELF64 file.
+    """
+    if data[:6] != b"\x7fELF\x02\x01":
+        raise ValueError("no little-endian ELF64 file")
+    out = bytearray(data)
+    (headers,) = struct.unpack_from("<Q", data, 0x20)
+    size, count = struct.unpack_from("<HH", data, 0x36)
+    for at in range(headers, headers + size * count, size):
+        kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", data, at)
+        if kind != PT_DYNAMIC:
+            continue
+        rows = [struct.unpack_from("<qQ", data, offset + step) for step in range(0, length, 16)]
+        kept = [row for row in rows if row[0] not in (DT_RPATH, DT_RUNPATH)]
+        kept += [(DT_NULL, 0)] * (len(rows) - len(kept))
+        out[offset : offset + length] = b"".join(struct.pack("<qQ", *row) for row in kept)
+    return bytes(out)
 
 
 def tracked(folder: str) -> Iterator[Path]:
@@ -103,7 +149,7 @@ def recommended() -> str:
     for line in (ROOT / "src/kmend/cli/needs.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             package, _, verbs, _ = (field.strip() for field in line.split("|"))
-            if set(verbs.split()) - {"test", "setup", "deb"}:
+            if package not in ESSENTIAL and set(verbs.split()) - {"test", "setup", "deb"}:
                 rows[package] = None
     return ", ".join(rows)
 
@@ -136,11 +182,16 @@ def fill(root: Path, generated: Path) -> None:
     for path in (*tracked("docs"), *tracked("examples"), ROOT / "README.md"):
         put(root, f"usr/share/doc/kmend/{path.relative_to(ROOT)}", path.read_bytes())
     put(root, "usr/share/doc/kmend/copyright", copyright_text().encode())
+    changelog = (HERE / "changelog").read_bytes()
+    put(root, "usr/share/doc/kmend/changelog.gz", gzip.compress(changelog, mtime=0))
+    put(root, "usr/share/lintian/overrides/kmend", (HERE / "lintian-overrides").read_bytes())
 
 
 def copyright_text() -> str:
     """Who holds which rights: kmend's own, and where each library's licence lies."""
     lines = [
+        "Copyright (C) 2026 the kmend developers",
+        "",
         "kmend is free software under the GNU General Public License, version 2 or later;",
         "see /usr/share/common-licenses/GPL-2.",
         "",
@@ -153,9 +204,34 @@ def copyright_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def maintainer() -> str:
+    """Who makes this package, as Debian's own tools ask for it (DEBFULLNAME and DEBEMAIL)."""
+    name = os.environ.get("DEBFULLNAME", "The kmend developers")
+    return f"{name} <{os.environ.get('DEBEMAIL', 'kmend@localhost')}>"
+
+
+def version_of_changelog() -> str:
+    """The version that the changelog speaks of last.
+
+    Raises:
+        SystemExit: its first line is not one of a Debian changelog (deb-changelog(5)).
+    """
+    first = (HERE / "changelog").read_text().partition("\n")[0]
+    match = re.fullmatch(r"kmend \(([^()\s]+)\) [\w.+-]+; urgency=\w+", first)
+    if match is None:
+        sys.exit(f"packaging/changelog begins with {first!r}")
+    return match[1]
+
+
 def build(out: Path) -> Path:
-    """Make the package; its path."""
+    """Make the package; its path.
+
+    Raises:
+        SystemExit: the changelog speaks of another version.
+    """
     version = importlib.metadata.version("kmend")
+    if version_of_changelog() != version:
+        sys.exit(f"packaging/changelog speaks of {version_of_changelog()}, but this is kmend {version}")
     work = out / "deb"
     shutil.rmtree(work, ignore_errors=True)
     root = work / "root"
@@ -165,6 +241,7 @@ def build(out: Path) -> Path:
     minor = sys.version_info.minor
     control = CONTROL.format(
         version=version,
+        maintainer=maintainer(),
         size=size // 1024,
         depends=DEPENDS.format(minor=minor, next=minor + 1),
         recommends=recommended(),
