@@ -162,6 +162,7 @@ class _HandBuild:
         with measure("compile"):
             units = self._compile()
             view = TargetView(self.config, self.target)
+            self._take_modules(view)
         with measure("link"):
             self.progress.step("resolving names")
             wanted = needs(units)
@@ -221,6 +222,22 @@ class _HandBuild:
                     for line in made.warnings
                 ]
             return units
+
+    def _take_modules(self, view: TargetView) -> None:
+        """Objects that are no modules of the kernel's own: the patch is made for exactly the file given."""
+        for spec in self.descriptor.objects:
+            if spec.file:
+                path = self.sources.folder / spec.file
+                digest = view.take(spec.name, path)
+                self.warnings.append(
+                    Refusal(
+                        "foreign-object",
+                        spec.name,
+                        f"it is taken from {path.name} (sha256 {digest[:16]}…), no module of the kernel's own: "
+                        "another build of it may differ in what the patch rests on",
+                        f"build the patch anew whenever {spec.name} is built anew",
+                    )
+                )
 
     # -- what it is to be -------------------------------------------------------------------
 
@@ -290,7 +307,8 @@ class _HandBuild:
                 "unknown-module",
                 spec.name,
                 f"{self.target.release} has no module of that name",
-                "see `kmend kernel show` for the modules folder, or check the spelling",
+                "see `kmend kernel show` for the modules folder, or check the spelling; the .ko of a module "
+                f'that is not the kernel\'s own goes into {FILE}: file = "…"',
             )
             for spec in objects
             if spec.name != VMLINUX and view.optional_module(spec.name) is None and not wanted.own_init

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmend.core.config import Config
-from kmend.core.errors import Failed
+from kmend.core.errors import Failed, KmendError, UsageError
 from kmend.core.files import scratch_folder, write_atomically
 from kmend.core.target import VMLINUX, Target
 from kmend.kernel import compile as compiling
@@ -37,6 +37,8 @@ class TargetView:
 
         self.config, self.target = config, target
         self._modules: dict[str, UnitObject | None] = {}
+        #: of the modules that :meth:`take` has taken: the modules that each needs itself
+        self._depends: dict[str, tuple[str, ...]] = {}
         self._sites: dict[str, frozenset[int]] = {}
         self._layout: Layout | None = None
         self.image = Image.open(target.vmlinux)
@@ -103,10 +105,45 @@ class TargetView:
             self._modules[name] = UnitObject.parse(data, f"{name}.ko") if data is not None else None
         return self._modules[name]
 
+    def take(self, name: str, path: Path) -> str:
+        """Count a module that is not one of the kernel's own (or is a newer build of one) as the target's.
+
+        Returns the sha256 of the module, unpacked.
+
+        Raises:
+            UsageError: (``object-file``) the file is no module of that name for this kernel.
+        """
+        from kmend.diff.unit import UnitObject
+        from kmend.kernel.modules import unpack
+        from kmend.kernel.symvers import module_name
+        from kmend.module.layout import modinfo
+
+        try:
+            data = unpack(path)
+            unit = UnitObject.parse(data, path.name)
+        except KmendError as error:
+            raise _object_file(path, name, error.why or error.what) from error
+        info = dict(modinfo(unit.elf))
+        ours = dict(modinfo(self.glue())).get("vermagic", "")
+        if module_name(info.get("name", "")) != name:
+            raise _object_file(path, name, f"it is the module {info.get('name', '?')!r}")
+        if info.get("vermagic", "") != ours:
+            why = f"its vermagic is {info.get('vermagic', '').strip()!r}, the target's {ours.strip()!r}"
+            raise _object_file(path, name, why)
+        self._modules[name] = unit
+        self._depends[name] = tuple(module_name(d) for d in info.get("depends", "").split(",") if d)
+        return hashlib.sha256(data).hexdigest()
+
     def dependencies(self, name: str) -> tuple[str, ...]:
+        """All modules that must be loaded before this one, each after those that it needs itself."""
         from kmend.kernel.modules import module_dependencies
 
-        return module_dependencies(self.target, name)
+        if name not in self._depends:
+            return module_dependencies(self.target, name)
+        found: dict[str, None] = {}
+        for first in self._depends[name]:
+            found |= dict.fromkeys((*self.dependencies(first), first))
+        return tuple(found)
 
     def world(self) -> World:
         from kmend.verify.symbols import World
@@ -159,6 +196,15 @@ class TargetView:
             self.traceable,
         )
         return (check if livepatch else check_ordinary)(read(data, name), facts, name)
+
+
+def _object_file(path: Path, name: str, why: str) -> UsageError:
+    return UsageError(
+        f"{path} is not the module {name} of this kernel",
+        why=why,
+        next_step="name the .ko that is loaded on the machines to be patched: `modinfo -n " + name + "`",
+        rule="object-file",
+    )
 
 
 def scratch(config: Config) -> AbstractContextManager[Path]:

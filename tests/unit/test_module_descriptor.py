@@ -29,6 +29,7 @@ sympos = 2
 
 [[object]]
 name = "dm-mod"
+file = "../build/dm-mod.ko"
 [[object.func]]
 old_name = "dm_get.part.0"
 
@@ -52,7 +53,9 @@ def test_everything_is_read() -> None:
             (FuncSpec("vfs_read", "livepatch_vfs_read"), FuncSpec("seq_show", "mine", 2)),
             ((CallbackKind.PRE_PATCH, "before"), (CallbackKind.POST_UNPATCH, "after")),
         ),
-        ObjectSpec("dm_mod", (FuncSpec("dm_get.part.0", "livepatch_dm_get_part_0"),)),
+        ObjectSpec(
+            "dm_mod", (FuncSpec("dm_get.part.0", "livepatch_dm_get_part_0"),), file="../build/dm-mod.ko"
+        ),
     )
     assert found.states == ((7, 3),)
     assert found.symbols == {"helper": SymbolSpec("", 2), "other": SymbolSpec("dm_mod", 1)}
@@ -82,6 +85,7 @@ def test_an_empty_one_has_the_defaults() -> None:
         ("[[object]]\n[[object.func]]\nold_name = 'a'\nsympos = true", "sympos is not of type int"),
         ("[[object]]\n[[object.func]]\nold_name = 'a'\nold = 'b'", "unknown key 'old'"),
         ("[[object]]\nname = '../x'", "neither vmlinux nor a module's name"),
+        ("[[object]]\nfile = 'x.ko'", "file is for a module"),
         ("[[object]]\n[[object]]", "the object vmlinux is there twice"),
         ("[[object]]\ncallbacks = { before = 'x' }", "unknown key 'before'; known: pre_patch"),
         ("[[state]]\nversion = 1", "state 1: id is missing"),

@@ -5,6 +5,7 @@
 
     [[object]]
     name = "vmlinux"                   # or a module's name; vmlinux is the default
+    file = "zfs.ko"                    # of a module that is not one of the kernel's own: the module itself
     callbacks = { pre_patch = "fn" }   # and post_patch, pre_unpatch, post_unpatch
 
     [[object.func]]
@@ -55,11 +56,16 @@ class FuncSpec:
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """``vmlinux`` or a module (underscores), with what is replaced and called."""
+    """``vmlinux`` or a module (underscores), with what is replaced and called.
+
+    ``file`` is the path of the module's own ``.ko``, seen from the descriptor's folder; empty: the target
+    has the module.
+    """
 
     name: str
     funcs: tuple[FuncSpec, ...] = ()
     callbacks: tuple[tuple[CallbackKind, str], ...] = ()
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +136,14 @@ def _object(row: _Table) -> ObjectSpec:
             called.append((kind, callbacks.identifier(kind.value, function)))
     callbacks.done()
     spec = ObjectSpec(
-        _module(row, "name", VMLINUX), tuple(_func(f) for f in row.tables("func")), tuple(called)
+        _module(row, "name", VMLINUX),
+        tuple(_func(f) for f in row.tables("func")),
+        tuple(called),
+        row.get("file", str, ""),
     )
     row.done()
+    if spec.file and spec.name == VMLINUX:
+        raise row.bad("file is for a module; vmlinux is the kernel itself")
     return spec
 
 

@@ -282,6 +282,15 @@ class _Checker:
             return None, f"its position is another one once {obj} has given its init memory back"
         return place, ""
 
+    def _foreign(self, obj: str) -> bool:
+        """Whether the patch changes a module that is not one of the target's.
+
+        The kernel looks its symbols up when it is there, and refuses then (klp_init_object_loaded);
+        the running kernel's are looked up before a load.
+        """
+        named = any(row.name == obj for row in self.description.objects or ())
+        return obj != VMLINUX and named and self.facts.module(obj) is None
+
     def _klp_symbols(self) -> Iterator[Refusal]:
         for symbol in self.elf.symbols:
             if symbol.section != SHN_LIVEPATCH:
@@ -296,6 +305,8 @@ class _Checker:
                     "report the module",
                 )
                 continue
+            if self._foreign(parts[1]):
+                continue  # _functions() warns that nothing can be told of that object
             _, why = self._at_sympos(parts[1], parts[2], int(parts[3]))
             if why:
                 yield Refusal("klp-symbol", parts[2], why, "build the patch anew for this kernel")
@@ -309,12 +320,12 @@ class _Checker:
         own = {s.name for s in self.elf.symbols if s.type == STT_FUNC and s.defined}
         for obj in objects:
             seen: set[int] = set()
-            if obj.name != VMLINUX and self.facts.module(obj.name) is None:
+            if self._foreign(obj.name):
                 self.warnings.append(
                     Refusal(
                         "unknown-object",
                         obj.name,
-                        "the target has no such module: whether that has what is replaced cannot be told",
+                        "the target has no such module: whether it has what is replaced and used is unknown",
                         "if it is no module of the kernel's own, try the patch together with it",
                     )
                 )
