@@ -21,7 +21,7 @@ from measure import settings, show
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/lab"))
 
-from klp_guest import Ground, build, on_model, random_scenario, shrink  # found by the line above
+from klp_guest import Ground, Modules, on_model, random_scenario, shrink  # found by the line above
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     began = monotonic()
     differ = steps = done = 0
     with TemporaryDirectory(prefix="kmend-bench-") as folder:
-        modules = build(target, Path(folder) / "modules")
+        modules = Modules(target, config, Path(folder) / "modules")
         with Ground(target, config.lab, modules) as ground:
             for seed in range(first, first + count):
                 scenario = random_scenario(seed)
@@ -49,10 +49,13 @@ def main() -> int:
                 if not done % 10:
                     print(f"{done} scenarios, {differ} differ, {monotonic() - began:.0f} s", flush=True)
             starts = ground.starts
-    rows = [[release, str(done), str(steps), str(differ), str(starts), f"{monotonic() - began:.0f}"]]
+            built = len(modules.made)
+    rows = [
+        [release, str(done), str(steps), str(differ), str(built), str(starts), f"{monotonic() - began:.0f}"]
+    ]
     show(
         f"random scenarios, model against kernel (seeds {first} to {first + count - 1})",
-        ("kernel", "scenarios", "steps", "differ", "guests", "seconds"),
+        ("kernel", "scenarios", "steps", "differ", "modules", "guests", "seconds"),
         rows,
     )
     return int(differ > 0)

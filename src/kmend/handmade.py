@@ -233,8 +233,8 @@ class _HandBuild:
                     Refusal(
                         "foreign-object",
                         spec.name,
-                        f"it is taken from {path.name} (sha256 {digest[:16]}…), no module of the kernel's own: "
-                        "another build of it may differ in what the patch rests on",
+                        f"it is taken from {path.name} (sha256 {digest[:16]}…), no module of the kernel's "
+                        "own: another build of it may differ in what the patch rests on",
                         f"build the patch anew whenever {spec.name} is built anew",
                     )
                 )

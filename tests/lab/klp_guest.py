@@ -1,12 +1,14 @@
 """Random livepatch scenarios, run on the model and in a guest on the real kernel, and compared.
 
-The modules of ``klp/`` are built once per kernel; a livepatch's descriptors are made from its parameters.
+All modules are kmend's (``kmend module``): two ordinary ones with the functions to be patched, and a
+livepatch for each declaration that a scenario draws, its descriptors made from a ``kmend.toml``.
 After each step both sides wait until no transition is going on, or only tasks that the scenario has put to
 sleep hold it up; what is compared does not depend on how fast the guest is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import shutil
@@ -14,8 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kmend.core.run import run as run_program
+from kmend.core.config import Config
+from kmend.core.progress import Silent
+from kmend.core.report import Outcome
 from kmend.core.target import Target
+from kmend.handmade import ModuleRequest, build_module
 from kmend.klp import sysfs
 from kmend.klp.line import Line
 from kmend.klp.outcome import view
@@ -47,8 +52,16 @@ FUNCTIONS = {
     "kd_base": ("kd_f", "kd_g"),
     "kd_late": ("kd_m", "kd_n"),
 }
+#: What the replacements use of a module that nothing exports: livepatch symbols.
+SYMBOLS = {"kd_base": ("kd_sleep",), "kd_late": ("kd_late_mark",)}
+#: The modules that every scenario has.
+MODULES = tuple(ModuleDecl(name, FUNCTIONS[name], SYMBOLS[name]) for name in SYMBOLS)
 FILES = {"cmdline_proc_show": "/proc/cmdline", "version_proc_show": "/proc/version"}
 PATCHES = ("p1", "p2", "p3")
+#: How many different declarations there are of each, so that a long run does not build a module per scenario.
+POOL = 24
+#: Each function keeps code of its own, and stays on the stack of what it calls.
+CFLAGS = ("-fno-ipa-icf", "-fno-optimize-sibling-calls")
 TASKS = ("a", "b", "c")
 #: What insmod, rmmod and the shell print for an errno.
 ERRORS = {
@@ -57,6 +70,7 @@ ERRORS = {
     "Resource temporarily unavailable": -11,
     "Device or resource busy": -16,
     "File exists": -17,
+    "Invalid module format": -8,
     "No such device": -19,
     "Invalid parameters": -22,
     "Invalid argument": -22,
@@ -87,41 +101,90 @@ class Observed:
         ]
 
 
-def build(target: Target, folder: Path) -> dict[str, bytes]:
-    """The modules for a kernel. ``make M=`` writes nothing into the target's tree."""
-    shutil.copytree(SOURCES, folder, dirs_exist_ok=True)
-    run_program(
-        ["make", "-s", "-C", target.source, f"M={folder}", f"CC={target.compiler}", "modules"], timeout=180
+class Modules:
+    """The modules of a kernel, each built by kmend when it is first asked for."""
+
+    def __init__(self, target: Target, config: Config, folder: Path) -> None:
+        self.target, self.config, self.folder = target, config, folder
+        self.made: dict[str, Path] = {}
+
+    def ground(self, name: str) -> Path:
+        """``kd_base`` or ``kd_late``, an ordinary module."""
+        if name not in self.made:
+            words = ", ".join(f'"{flag}"' for flag in (*CFLAGS, "-iquote", "kernel/livepatch"))
+            self.made[name] = self._build(name, name, f"{name}.c", f"cflags = [{words}]\n")
+        return self.made[name]
+
+    def patch(self, decl: PatchDecl) -> Path:
+        """The livepatch of a declaration."""
+        text = descriptor(decl, {name: self.ground(name) for name in SYMBOLS})
+        key = f"{decl.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if key not in self.made:
+            self.made[key] = self._build(key, decl.name, "kd_patch.c", text)
+        return self.made[key]
+
+    def _build(self, key: str, name: str, source: str, text: str) -> Path:
+        folder = self.folder / key
+        folder.mkdir(parents=True)
+        for file in ("kd.h", source):
+            shutil.copy(SOURCES / file, folder / file)
+        (folder / "kmend.toml").write_text(text)
+        request = ModuleRequest(folder, self.target.release, folder / "out", name)
+        report = build_module(request, self.config, Silent())
+        assert report.result is Outcome.BUILT, (text, report.refused)
+        return Path(report.module or "")
+
+
+def descriptor(decl: PatchDecl, files: dict[str, Path]) -> str:
+    """The ``kmend.toml`` of a declaration; ``files`` are the modules that are not the kernel's own."""
+    cflags = [*CFLAGS, *(f"-DWITH_{obj.name.upper()}" for obj in decl.objs if obj.name)]
+    if any(obj.callbacks for obj in decl.objs):
+        returns = {obj.name or "vmlinux": obj.pre_patch_ret for obj in decl.objs}
+        cflags += [f"-DRET_{name.upper()}={returns.get(name, 0)}" for name in ("vmlinux", *SYMBOLS)]
+    words = ", ".join(f'"{flag}"' for flag in cflags)
+    lines = [f'name = "{decl.name}"', f"replace = {str(decl.replace).lower()}", f"cflags = [{words}]"]
+    for obj in decl.objs:
+        name = obj.name or "vmlinux"
+        lines += ["[[object]]", f'name = "{name}"']
+        if obj.name:
+            lines.append(f'file = "{files[obj.name]}"')
+        if obj.callbacks:
+            called = ", ".join(f'{kind.value} = "{name}_{kind.value}"' for kind in obj.callbacks)
+            lines.append(f"callbacks = {{ {called} }}")
+        lines += [f'[[object.func]]\nold_name = "{func.old_name}"' for func in obj.funcs]
+    lines += [f"[[state]]\nid = {id_}\nversion = {version}" for id_, version in decl.states]
+    return "\n".join(lines) + "\n"
+
+
+def random_patch(name: str, number: int) -> PatchDecl:
+    """A declaration of the pool: functions of up to three objects, callbacks, states, replace or not."""
+    rng = random.Random(f"{name} {number}")
+    objs = []
+    for module, functions in FUNCTIONS.items():
+        chosen = rng.sample(functions, rng.choice((0, 1, 1, 2)))
+        fails = -19 if rng.random() < 0.06 else 0
+        if chosen:
+            objs.append((module, tuple(FuncDecl(function) for function in sorted(chosen)), fails))
+    if not objs:
+        objs = [("kd_base", (FuncDecl("kd_f"),), 0)]
+    callbacks = ALL_CALLBACKS if rng.random() < 0.6 else ()
+    states = ((1, rng.randint(1, 2)),) if rng.random() < 0.25 else ()
+    decls = tuple(
+        ObjectDecl(module, funcs, callbacks, fails if callbacks else 0, SYMBOLS.get(module or "", ()))
+        for module, funcs, fails in objs
     )
-    return {path.name: path.read_bytes() for path in folder.glob("*.ko")}
+    return PatchDecl(name, decls, rng.random() < 0.35, states)
 
 
 def random_scenario(seed: int) -> Scenario:
-    """The scenario of a seed: three patches of random functions and 6 to 11 steps."""
+    """The scenario of a seed: three patches of the pool and 6 to 11 steps."""
     rng = random.Random(seed)
-    patches = []
-    for name in PATCHES:
-        objs = []
-        for module, functions in FUNCTIONS.items():
-            chosen = rng.sample(functions, rng.choice((0, 1, 1, 2)))
-            fails = -19 if rng.random() < 0.06 else 0
-            if chosen:
-                objs.append((module, tuple(FuncDecl(function) for function in sorted(chosen)), fails))
-        if not objs:
-            objs = [("kd_base", (FuncDecl("kd_f"),), 0)]
-        callbacks = ALL_CALLBACKS if rng.random() < 0.6 else ()
-        states = ((1, rng.randint(1, 2)),) if rng.random() < 0.25 else ()
-        decls = tuple(
-            ObjectDecl(module, funcs, callbacks, fails if callbacks else 0) for module, funcs, fails in objs
-        )
-        patches.append(PatchDecl(name, decls, rng.random() < 0.35, states))
-    modules = tuple(ModuleDecl(name, FUNCTIONS[name]) for name in ("kd_base", "kd_late"))
     return Scenario(
         f"seed {seed}",
         FUNCTIONS[None],
-        tuple(patches),
+        tuple(random_patch(name, rng.randrange(POOL)) for name in PATCHES),
         tuple(_steps(rng)),
-        modules,
+        MODULES,
         tuple(TaskDecl(name) for name in TASKS),
     )
 
@@ -224,11 +287,11 @@ def on_model(scenario: Scenario, line: Line, handler: Handler | None = None) -> 
     )
 
 
-def command(scenario: Scenario, step: Step) -> str:
-    """A step as the guest's shell takes it."""
+def command(step: Step, files: dict[str, str]) -> str:
+    """A step as the guest's shell takes it; ``files`` are the modules' places there."""
     match step:
         case Load(name):
-            return f"load {name} {parameters(scenario, name)}"
+            return f"load {files[name]}"
         case Unload(name):
             return f"unload {name}"
         case Write(patch, attribute, value):
@@ -246,28 +309,13 @@ def command(scenario: Scenario, step: Step) -> str:
     raise NotImplementedError(step)
 
 
-def parameters(scenario: Scenario, name: str) -> str:
-    """The parameters that make a patch's descriptors."""
-    for patch in scenario.patches:
-        if patch.name == name:
-            words = [f"replace={patch.replace:d}"]
-            for obj in patch.objs:
-                where = obj.name or "vmlinux"
-                words.append(f"{where}={','.join(func.old_name for func in obj.funcs)}")
-                words.append(f"ret_{where}={obj.pre_patch_ret}")
-            if patch.objs[0].callbacks:
-                words.append("callbacks=1")
-            words += [f"state={id_} version={version}" for id_, version in patch.states]
-            return " ".join(words)
-    return ""
-
-
 class Ground:
     """A guest that is ready for scenarios; a fresh one when a scenario leaves something behind."""
 
-    def __init__(self, target: Target, lab: Path, modules: dict[str, bytes]) -> None:
+    def __init__(self, target: Target, lab: Path, modules: Modules) -> None:
         self.target, self.lab, self.modules = target, lab, modules
         self.guest: Guest | None = None
+        self.there: set[str] = set()
         self.starts = self.runs = 0
 
     def __enter__(self) -> Ground:
@@ -289,10 +337,22 @@ class Ground:
             guest.__enter__()
             self.guest = guest
             self.starts += 1
-            for name, data in self.modules.items():
-                guest.put(f"/root/{name}", data)
+            self.there.clear()
+            for name in SYMBOLS:
+                guest.put(f"/root/{name}.ko", self.modules.ground(name).read_bytes())
             guest.run(PREPARE, check=True, timeout=60)
         return self.guest
+
+    def _files(self, guest: Guest, scenario: Scenario) -> dict[str, str]:
+        """Bring the scenario's modules into the guest."""
+        files = {name: f"/root/{name}.ko" for name in SYMBOLS}
+        for decl in scenario.patches:
+            path = self.modules.patch(decl)
+            files[decl.name] = f"/root/{path.parent.parent.name}.ko"
+            if files[decl.name] not in self.there:
+                guest.put(files[decl.name], path.read_bytes())
+                self.there.add(files[decl.name])
+        return files
 
     def run(self, scenario: Scenario) -> Observed:
         """Run a scenario on the real kernel.
@@ -301,9 +361,10 @@ class Ground:
             KernelOops, LostGuest: the kernel did not survive it.
         """
         guest = self.ready()
+        files = self._files(guest, scenario)
         self.runs += 1
         first, last = f"kd: begin {self.runs}", f"kd: end {self.runs}"
-        steps = "\n".join(f"{command(scenario, step)}\nquiesce\nhold=" for step in scenario.steps)
+        steps = "\n".join(f"{command(step, files)}\nquiesce\nhold=" for step in scenario.steps)
         script = f"echo '{first}' >/dev/kmsg\n{STEPS}\n{steps}\necho '{last}' >/dev/kmsg\n{REPORT}"
         done = guest.run(script, timeout=300)
         lines = done.text.splitlines()

@@ -14,7 +14,7 @@ from typing import assert_never
 from kmend.core.errors import UsageError
 from kmend.klp import sysfs
 from kmend.klp.core import klp_enable_patch
-from kmend.klp.line import LINE_6_1, Line
+from kmend.klp.line import LINE_6_1, Feature, Line
 from kmend.klp.module import delete_module, load_module
 from kmend.klp.outcome import StateView, view
 from kmend.klp.sched import (
@@ -46,6 +46,7 @@ from kmend.klp.structs import (
     Kind,
     Level,
     Module,
+    ModuleState,
     Object,
     Patch,
     Shadow,
@@ -80,12 +81,16 @@ class FuncDecl:
 
 @dataclass(frozen=True, slots=True)
 class ObjectDecl:
-    """A patch's object. ``callbacks`` print a line each; pre_patch returns ``pre_patch_ret``."""
+    """A patch's object. ``callbacks`` print a line each; pre_patch returns ``pre_patch_ret``.
+
+    ``symbols`` are what the replacements use of the object through livepatch symbols.
+    """
 
     name: str | None
     funcs: tuple[FuncDecl, ...] = ()
     callbacks: tuple[CallbackKind, ...] = ()
     pre_patch_ret: int = 0
+    symbols: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +105,11 @@ class PatchDecl:
 
 @dataclass(frozen=True, slots=True)
 class ModuleDecl:
-    """An ordinary module with functions that patches may replace."""
+    """An ordinary module with functions that patches may replace, and symbols that they may use."""
 
     name: str
     functions: tuple[str, ...] = ()
+    symbols: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +385,8 @@ class Machine:
                 return patch_module(self.k, patch)
         for decl in self.scenario.modules:
             if decl.name == name:
-                symbols = tuple(self.k.text(function, name) for function in decl.functions)
+                names = (*decl.functions, *decl.symbols)
+                symbols = tuple(self.k.text(symbol, name) for symbol in names)
                 return Module(name, symbols, exit=_nothing)
         raise _undeclared("module", name)
 
@@ -397,8 +404,13 @@ def _nothing(_k: Kernel, _mod: Module) -> None:
 
 
 def patch_module(k: Kernel, decl: PatchDecl) -> Module:
-    """The livepatch module of a declaration; its init function calls ``klp_enable_patch()``."""
+    """The livepatch module of a declaration; its init function calls ``klp_enable_patch()``.
+
+    It is one of kmend's: for a kernel that does not clear what it has relocated for a module that goes, a
+    post-unpatch callback does (``kmend_forget()`` in ``src/kmend/module/glue.c``).
+    """
     symbols: list[Function] = []
+    forgets = not k.line.has(Feature.CLEAR_RELOCS) and any(obj.symbols for obj in decl.objs)
     objs = []
     for obj in decl.objs:
         funcs = []
@@ -406,12 +418,28 @@ def patch_module(k: Kernel, decl: PatchDecl) -> Module:
             code = k.text(f"new_{func.old_name}", decl.name)
             symbols.append(code)
             funcs.append(Func(func.old_name, code, func.old_sympos))
-        objs.append(Object(obj.name, funcs, _callbacks(decl.name, obj)))
+        relocs = tuple((obj.name or "vmlinux", name, 0) for name in obj.symbols)
+        callbacks = _callbacks(decl.name, obj)
+        if forgets and obj.name is not None:
+            callbacks.post_unpatch = _forget(callbacks.post_unpatch)
+        objs.append(Object(obj.name, funcs, callbacks, relocs))
     mod = Module(decl.name, tuple(symbols), livepatch=True, exit=_nothing)
     states = tuple(State(id_, version) for id_, version in decl.states)
     patch = Patch(mod, objs, decl.replace, states)
     mod.init = lambda kernel, _mod: klp_enable_patch(kernel, patch)
     return mod
+
+
+def _forget(then: Callable[[Kernel, Object], None] | None) -> Callable[[Kernel, Object], None]:
+    """``kmend_forget()``: the author's callback, and zeros in place of what was relocated for the module."""
+
+    def callback(k: Kernel, obj: Object) -> None:
+        if then is not None:
+            then(k, obj)
+        if obj.mod is not None and obj.mod.state is not ModuleState.LIVE:
+            obj.relocs_written = False
+
+    return callback
 
 
 def _callbacks(patch: str, decl: ObjectDecl) -> Callbacks:

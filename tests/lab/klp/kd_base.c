@@ -4,7 +4,6 @@
  * the kernel's func stacks. /proc/kd/FUNCTION.HOW calls a function and shows whose code ran.
  */
 #include "kd.h"
-#include <linux/livepatch.h>
 #include <linux/mutex.h>
 #include <linux/sched/signal.h>
 #include <linux/uaccess.h>
@@ -22,7 +21,8 @@ static struct {
 } slots[KD_SLOTS];
 static DECLARE_WAIT_QUEUE_HEAD(queue);
 
-int kd_sleep(int how, const char *version)
+noinline int kd_sleep(int how, const char *version);
+noinline int kd_sleep(int how, const char *version)
 {
 	int slot = (how - 1) / 2, ret = 0;
 
@@ -36,13 +36,9 @@ int kd_sleep(int how, const char *version)
 		slots[slot].released = false;
 	return ret;
 }
-EXPORT_SYMBOL_GPL(kd_sleep);
 
-KD_FUNCTION(kd_f)
-KD_FUNCTION(kd_g)
-
-struct proc_dir_entry *kd_folder;
-EXPORT_SYMBOL_GPL(kd_folder);
+KD_FUNCTION(kd_f, kd_sleep)
+KD_FUNCTION(kd_g, kd_sleep)
 
 static int slots_show(struct seq_file *m, void *v)
 {
@@ -95,7 +91,13 @@ static const struct proc_ops release_ops = { .proc_write = release_write };
 
 static int __init start(void)
 {
-	kd_folder = proc_mkdir("kd", NULL);
+	struct kd_door *door = klp_shadow_alloc(&init_task, KD_MARK, sizeof(*door), GFP_KERNEL, NULL, NULL);
+	struct proc_dir_entry *kd_folder;
+
+	if (!door)
+		return -ENOMEM;
+	door->sleep = kd_sleep;
+	door->folder = kd_folder = proc_mkdir("kd", NULL);
 	proc_create_single("slots", 0444, kd_folder, slots_show);
 	proc_create_single("stacks", 0444, kd_folder, stacks_show);
 	proc_create("release", 0200, kd_folder, &release_ops);
@@ -106,7 +108,8 @@ static int __init start(void)
 
 static void __exit end(void)
 {
-	proc_remove(kd_folder);
+	proc_remove(kd_door()->folder);
+	klp_shadow_free(&init_task, KD_MARK, NULL);
 }
 module_init(start);
 module_exit(end);

@@ -2,8 +2,11 @@
 /* A module that may be loaded before or after its patches. */
 #include "kd.h"
 
-KD_FUNCTION(kd_m)
-KD_FUNCTION(kd_n)
+/* what patches of this module use: a livepatch symbol, as nothing exports it */
+int kd_late_mark = KD_MARK;
+
+KD_FUNCTION(kd_m, kd_door()->sleep)
+KD_FUNCTION(kd_n, kd_door()->sleep)
 
 static int __init start(void)
 {

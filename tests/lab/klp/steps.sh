@@ -32,7 +32,7 @@ quiesce() {
     done
     echo "R stuck"
 }
-load() { m=$1; shift; t=$(/usr/sbin/insmod /root/$m.ko "$@" 2>&1) && echo "R 0" || echo "R $t"; }
+load() { t=$(/usr/sbin/insmod $1 2>&1) && echo "R 0" || echo "R $t"; }
 unload() { t=$(rmmod $1 2>&1) && echo "R 0" || echo "R $t"; }
 put() {
     [ -e $S/$1 ] || { echo "R No such file or directory"; return; }

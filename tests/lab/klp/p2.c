@@ -1,1 +1,0 @@
-#include "kd_patch.h"
