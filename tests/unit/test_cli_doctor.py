@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kmend.cli import doctor, main
-from kmend.cli.doctor import NEEDS, Need, apt_command, cache_lacks, is_there, missing, read_needs
+from kmend.cli.doctor import NEEDS, Lack, Need, apt_command, cache_lacks, is_there, missing, read_needs
 from kmend.core.errors import Failed
+from kmend.core.live import KernelState
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,14 +78,66 @@ def test_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(doctor, "ROOM_PER_TARGET", 0)
     assert main(["doctor", "--json", "--cache", str(tmp_path)]) == 3
     document = json.loads(capsys.readouterr().out)
+    here = {verb: document["verbs"].pop(verb) for verb in (*doctor.LIVE_VERBS, *doctor.BOOT_VERBS)}
+    assert len(here) == 13
     assert document["verbs"] == {"build": True, "try": False, "diff": True, "check": True, "info": True}
-    assert [row["package"] for row in document["lacks"]] == ["none"]
+    assert [row["package"] for row in document["lacks"] if row["package"]] == ["none"]
     assert document["command"].endswith("none")
     assert main(["doctor", "build", "--cache", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "build    ready\n"
+    assert capsys.readouterr().out == "build     ready\n"
     assert main(["doctor", "--cache", str(tmp_path)]) == 3
     assert "lacks kmend-no-such-tool" in capsys.readouterr().out
     assert main(["doctor", "nonsense"]) == 2
+
+
+KERNEL = KernelState("6.1.0-56-amd64", "#1", "", "", True, 0, (), False, "none", False, True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "lacking", "working"),
+    [
+        (KERNEL, "", "load"),
+        (None, "load", "build"),
+        (replace(KERNEL, livepatch=False), "status", "build"),
+        (replace(KERNEL, modules_disabled=True), "load", "unload"),
+        (replace(KERNEL, ftrace_enabled=False), "unload", "status"),
+        (replace(KERNEL, ftrace_enabled=None), "", "unload"),
+    ],
+)
+def test_what_the_running_kernel_cannot_do(kernel: KernelState | None, lacking: str, working: str) -> None:
+    verbs = {verb for lack in doctor.live_lacks(kernel) for verb in lack.verbs}
+    assert lacking in verbs if lacking else not verbs
+    assert working not in verbs
+    assert all(lack.mend and not lack.package for lack in doctor.live_lacks(kernel))
+
+
+def test_this_machine_s_kernel_decides_only_when_it_is_asked_about(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = tmp_path / "needs"
+    needs.write_text("sh | sh | build | runs\nnone | kmend-no-such-tool | test | is missed\n")
+    monkeypatch.setattr(doctor, "NEEDS", needs)
+    monkeypatch.setattr(doctor, "ROOM_PER_TARGET", 0)
+    missing_unit = doctor.boot_lacks((tmp_path,))
+    monkeypatch.setattr(doctor, "known_kernel", lambda: None)
+    monkeypatch.setattr(doctor, "boot_lacks", lambda: missing_unit)
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)  # as installed: nobody is to need what tests need
+    assert main(["doctor", "--cache", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "load      lacks a kernel with livepatching" in said
+    assert "install   lacks the unit kmend-load.service" in said
+    assert "test" not in {line.split()[0] for line in said.splitlines() if line.strip()}
+    assert main(["doctor", "load", "--cache", str(tmp_path)]) == 3
+    assert main(["doctor", "install", "--cache", str(tmp_path)]) == 3
+    assert main(["doctor", "test", "--cache", str(tmp_path)]) == 3
+
+
+def test_a_system_without_package_lists_is_told_to_fetch_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    lack = Lack("make", "makes", ("build",), "make", "")
+    monkeypatch.setattr(doctor, "APT_LISTS", "/kmend-no-such-folder/*_Packages*")
+    assert "apt-get update && " in apt_command([lack])
+    monkeypatch.setattr(doctor, "APT_LISTS", "/etc/host*")
+    assert "update" not in apt_command([lack])
 
 
 def test_setup_reads_the_same_list() -> None:

@@ -1,6 +1,9 @@
 """``kmend doctor``: what this machine lacks for each verb, and the command that mends it.
 
-The list of packages is ``needs.txt`` beside this file; the Makefile reads the same one.
+The list of packages is ``needs.txt`` beside this file; the Makefile reads the same one. What acts on the
+running kernel needs no package but a kernel that can do it, which no command brings: without verbs named,
+that is shown and does not decide the exit status, since most patches are built on one machine and loaded on
+others.
 """
 
 from __future__ import annotations
@@ -15,20 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kmend.cli.context import Context
-from kmend.core.errors import Failed, UsageError
+from kmend.core.errors import Failed, KmendError, UsageError
+from kmend.core.live import KernelState
+from kmend.installer import UNIT, UNIT_FOLDERS
+from kmend.runtime.kernel_state import read_kernel
+from kmend.runtime.place import Place
 
 NEEDS = Path(__file__).with_name("needs.txt")
 
 #: Verbs that work with what Python alone brings, so that they are reported too.
 PURE_VERBS = ("diff", "check", "info")
+#: Verbs that act on the running kernel or look at it.
+LIVE_VERBS = ("plan", "load", "unload", "disable", "enable", "signal", "force", "status", "list", "blockers")
+#: Those that change what it runs.
+ACTING_VERBS = ("load", "unload", "disable", "enable", "signal", "force")
+#: Verbs about what is loaded at boot.
+BOOT_VERBS = ("install", "uninstall", "healthy")
+#: Rows of the list that only somebody who works on kmend itself needs; not asked about where it is installed.
+DEVELOPER_VERBS = ("test", "deb", "setup")
+CHECKOUT = NEEDS.parents[3]
 #: What the library imports from elsewhere: module name, distribution name.
 LIBRARIES = (
     ("capstone", "capstone"),
     ("debian", "python-debian"),
+    ("lz4", "lz4"),
     ("qemu.qmp", "qemu.qmp"),
     ("rich", "rich"),
     ("vmlinux_to_elf", "vmlinux-to-elf"),
+    ("zstandard", "zstandard"),
 )
+#: The package lists that apt has fetched; a bare system has none, and apt knows no package then.
+APT_LISTS = "/var/lib/apt/lists/*_Packages*"
 #: Bytes that fetching and preparing one target takes at its peak (packages, source, objects).
 ROOM_PER_TARGET = 3_000_000_000
 #: Where programs live that are not always on a user's PATH.
@@ -62,19 +82,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Report; 0 when everything is there, 3 when something lacks."""
+    """Report; 0 when everything is there, 3 when something lacks for the verbs that are named (see above)."""
     needs = read_needs(NEEDS)
     known = known_verbs(needs)
-    chosen: tuple[str, ...] = tuple(args.verbs) or known
+    hidden = () if in_checkout() else DEVELOPER_VERBS
+    chosen = tuple(args.verbs) or tuple(verb for verb in known if verb not in hidden)
+    decisive = set(args.verbs) or set(chosen) - {*LIVE_VERBS, *BOOT_VERBS}
     unknown = [verb for verb in chosen if verb not in known]
     if unknown:
         raise UsageError(f"no verb {unknown[0]!r}", why=f"doctor knows: {', '.join(known)}", rule="usage")
-    lacks = [lack for lack in missing(needs, context.config.cache) if set(lack.verbs) & set(chosen)]
+    everything = [*missing(needs, context.config.cache), *live_lacks(known_kernel()), *boot_lacks()]
+    lacks = [lack for lack in everything if set(lack.verbs) & set(chosen)]
     command = apt_command(lacks)
     context.emit(document(chosen, lacks, command))
     if not context.json:
         context.say(table(chosen, lacks, command))
-    return 3 if lacks else 0
+    return 3 if any(set(lack.verbs) & decisive for lack in lacks) else 0
 
 
 def read_needs(file: Path) -> tuple[Need, ...]:
@@ -97,7 +120,12 @@ def read_needs(file: Path) -> tuple[Need, ...]:
 def known_verbs(needs: Iterable[Need]) -> tuple[str, ...]:
     """Every verb that doctor can speak about, in the order of the list."""
     names = dict.fromkeys(verb for need in needs for verb in need.verbs)
-    return (*names, *PURE_VERBS)
+    return (*names, *PURE_VERBS, *LIVE_VERBS, *BOOT_VERBS)
+
+
+def in_checkout() -> bool:
+    """Whether this kmend runs from its sources, and not as it was installed."""
+    return (CHECKOUT / "pyproject.toml").is_file()
 
 
 def is_there(proof: str, search: str | None = None) -> bool:
@@ -123,7 +151,7 @@ def missing(
     ]
     verbs = known_verbs(needs)
     lacks.extend(
-        Lack(f"Python library {dist}", "kmend imports it", verbs, "", f"pip install {dist}")
+        Lack(f"Python library {dist}", "kmend imports it", verbs, "", library_command(dist))
         for module, dist in LIBRARIES
         if not importable(module)
     )
@@ -140,6 +168,72 @@ def missing(
         )
     lacks.extend(cache_lacks(cache))
     return lacks
+
+
+def library_command(dist: str) -> str:
+    """What brings back a library: the checkout's environment has it, or the Debian package."""
+    return f"make, or pip install {dist}" if in_checkout() else "apt-get install --reinstall kmend"
+
+
+def known_kernel() -> KernelState | None:
+    """The running kernel; None where ``/proc`` or ``/sys`` cannot be read."""
+    try:
+        return read_kernel(Place())
+    except KmendError:
+        return None
+
+
+def live_lacks(kernel: KernelState | None) -> list[Lack]:
+    """What keeps the running kernel from being patched: nothing that a package could bring."""
+    if kernel is None or not kernel.livepatch:
+        name = kernel.release if kernel is not None else "the running kernel"
+        return [
+            Lack(
+                "a kernel with livepatching",
+                f"there is no {Place().livepatch}: {name} was built without CONFIG_LIVEPATCH, or this is "
+                "a container or a chroot without /sys",
+                LIVE_VERBS,
+                "",
+                "only for patching this very machine: boot a kernel with CONFIG_LIVEPATCH, as Debian's are",
+            )
+        ]
+    lacks = []
+    if kernel.modules_disabled:
+        lacks.append(
+            Lack(
+                "a kernel that loads modules",
+                "kernel.modules_disabled is 1, and stays so until the next boot",
+                ("load",),
+                "",
+                "find out who sets it (grep -r modules_disabled /etc), and reboot",
+            )
+        )
+    if kernel.ftrace_enabled is False:
+        lacks.append(
+            Lack(
+                "ftrace, by which calls are redirected",
+                "kernel.ftrace_enabled is 0",
+                ACTING_VERBS,
+                "",
+                "sysctl kernel.ftrace_enabled=1",
+            )
+        )
+    return lacks
+
+
+def boot_lacks(folders: Iterable[Path] = UNIT_FOLDERS) -> list[Lack]:
+    """Whether there is a unit that loads what is installed."""
+    if any((folder / UNIT).exists() for folder in folders):
+        return []
+    return [
+        Lack(
+            f"the unit {UNIT}",
+            "what is installed is loaded by it at boot",
+            BOOT_VERBS,
+            "",
+            "install the Debian package (make deb); docs/boot.md has a way without systemd",
+        )
+    ]
 
 
 def importable(module: str) -> bool:
@@ -185,7 +279,8 @@ def apt_command(lacks: Iterable[Lack]) -> str:
     if not packages:
         return ""
     sudo = "" if os.geteuid() == 0 else "sudo "
-    return f"{sudo}apt-get install --no-install-recommends {' '.join(packages)}"
+    update = "" if is_there(APT_LISTS) else f"{sudo}apt-get update && "
+    return f"{update}{sudo}apt-get install --no-install-recommends {' '.join(packages)}"
 
 
 def document(verbs: Iterable[str], lacks: list[Lack], command: str) -> dict[str, object]:
@@ -212,7 +307,7 @@ def table(verbs: Iterable[str], lacks: list[Lack], command: str) -> str:
     lines = []
     for verb in verbs:
         mine = [lack for lack in lacks if verb in lack.verbs]
-        lines.append(f"{verb:8} {'ready' if not mine else 'lacks ' + ', '.join(lack.what for lack in mine)}")
+        lines.append(f"{verb:9} {'ready' if not mine else 'lacks ' + ', '.join(lack.what for lack in mine)}")
     for lack in lacks:
         if not lack.package:
             lines.append(f"\n{lack.what}: {lack.why}\n  next: {lack.mend}")
