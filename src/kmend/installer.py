@@ -240,6 +240,15 @@ class Installer:
 
     # -- uninstall -----------------------------------------------------------------------------------
 
+    def chosen(self, names: Sequence[str], release: str | None = None) -> list[str]:
+        """The patches that :meth:`uninstall` would take out. Nothing is changed.
+
+        Raises:
+            UsageError: one is not installed (rule ``not-installed``). Failed, Refused: the store is damaged.
+        """
+        release = release or read_kernel(self.place).release
+        return _chosen(persistence.read(self.config.state, persistence.release_of(release)), names)
+
     def uninstall(self, names: Sequence[str], release: str | None = None) -> tuple[ActionReport, ...]:
         """Take patches out of a release's store (no names: all of them). What is loaded stays loaded.
 
@@ -251,16 +260,7 @@ class Installer:
         chosen = persistence.release_of(release or kernel.release)
         with journal.acting(self.place, "uninstall"):
             store = persistence.read(self.config.state, chosen)
-            gone = list(dict.fromkeys(names)) or [row.name for row in store.patches]
-            unknown = [name for name in gone if store.named(name) is None]
-            if unknown:
-                there = ", ".join(row.name for row in store.patches) or "none at all"
-                raise UsageError(
-                    f"{unknown[0]} is not installed for {chosen}",
-                    why=f"installed for it: {there}",
-                    next_step="kmend install --list",
-                    rule="not-installed",
-                )
+            gone = _chosen(store, names)
             persistence.drop(store, gone)
             self._wrote("uninstall", gone, f"for {chosen}", kernel, {})
         here = {row.name for row in read_patches(self.place)} if chosen == kernel.release else set()
@@ -442,6 +442,20 @@ class Installer:
 
 
 # -- words -------------------------------------------------------------------------------------------
+
+
+def _chosen(store: Store, names: Sequence[str]) -> list[str]:
+    gone = list(dict.fromkeys(names)) or [row.name for row in store.patches]
+    unknown = [name for name in gone if store.named(name) is None]
+    if unknown:
+        there = ", ".join(row.name for row in store.patches) or "none at all"
+        raise UsageError(
+            f"{unknown[0]} is not installed for {store.release}",
+            why=f"installed for it: {there}",
+            next_step="kmend install --list",
+            rule="not-installed",
+        )
+    return gone
 
 
 def _settled(patch: LivePatch) -> bool:

@@ -96,11 +96,13 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
             rule="usage",
         )
     names = [name.removesuffix(".ko") for name in args.name]
-    reports = list(installer.uninstall(names, args.kernel))
+    reports: list[ActionReport] = []
     if args.unload:
+        # Taken back first: killed in between, the patch is still installed, and the same command goes on.
         machine = Manager(context.config, context.progress)
-        gone = {row.patch for row in reports}
+        gone = installer.chosen(names)
         reports += [machine.unload(name, Following()) for name in machine.loaded() if name in gone]
+    reports += installer.uninstall(names, args.kernel)
     return tell("uninstall", reports, context)
 
 
