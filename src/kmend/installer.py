@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable, UsageError
-from kmend.core.live import ActionReport, Check, KernelState, LivePatch, Phase, Result, Step
+from kmend.core.live import ActionReport, Check, KernelState, Phase, Result, Step
 from kmend.core.progress import Progress
 from kmend.core.run import run
 from kmend.manager import Following, Manager, read_module_file
@@ -362,16 +362,20 @@ class Installer:
             return ActionReport("load", row.name, Result.REFUSED, error.what, refused=error.reasons)
 
     def _in_force(self, kernel: KernelState) -> dict[str, str]:
-        """The patches that are in force, with the digest of the file that kmend loaded ('' unknown)."""
+        """The patches that are in force, with the digest of the file that kmend loaded ('' unknown).
+
+        One whose transition goes on, or whose load was killed, is not: loading it again brings it to its end.
+        """
         try:
             records = Journal(self.config.state, kernel.boot_id).records()
         except KmendError:
             records = ()
         loads = journal.loads(records, kernel.boot_id)
+        begun = {row.patch for row in journal.unfinished(records, kernel.boot_id)}
         return {
             patch.name: str(loads[patch.name].detail.get("sha256", "")) if patch.name in loads else ""
             for patch in read_patches(self.place)
-            if _settled(patch)
+            if patch.phase is Phase.ENABLED and patch.name not in begun
         }
 
     def _last_words(self, found: Persistence) -> str:
@@ -456,10 +460,6 @@ def _chosen(store: Store, names: Sequence[str]) -> list[str]:
             rule="not-installed",
         )
     return gone
-
-
-def _settled(patch: LivePatch) -> bool:
-    return patch.phase in (Phase.ENABLED, Phase.PATCHING)
 
 
 def _is_there(row: Installed, there: dict[str, str]) -> bool:
