@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmend.core.errors import Failed, KmendError
-from kmend.core.live import LivePatch
+from kmend.core.live import ActionReport, LivePatch
 from kmend.runtime import journal, persistence
 from kmend.runtime.journal import Record
 
@@ -54,14 +54,15 @@ def of_file(path: str, sha256: str, note: Mapping[str, object]) -> Origin:
     return Origin(note, report, str(beside))
 
 
-def of_patch(state: Path, release: str, loads: Mapping[str, Record], patch: LivePatch) -> Origin:
-    """Of a patch that is loaded; ``loads`` are :func:`kmend.runtime.journal.loads` of this boot.
+def of_name(
+    state: Path, release: str, loads: Mapping[str, Record], name: str, note: Mapping[str, object]
+) -> Origin:
+    """Of a patch by its name and note; ``loads`` are :func:`kmend.runtime.journal.loads` of this boot.
 
     The report is looked for in the store of installed patches, then beside the file that it was loaded from.
     """
-    note = patch.module.note if patch.module is not None else {}
-    loaded = loads.get(patch.name)
-    for path in _candidates(state, release, loaded, patch.name) if note else ():
+    loaded = loads.get(name)
+    for path in _candidates(state, release, loaded, name) if note else ():
         report = _read(path)
         if report is not None and _belongs(report, note):
             return Origin(note, report, str(path), loaded)
@@ -83,8 +84,17 @@ class Origins:
         """Of this patch."""
         key = (patch.name, patch.module.identity if patch.module is not None else "")
         if key not in self._known:
-            self._known[key] = of_patch(self._state, self._release, self._loads, patch)
+            note = patch.module.note if patch.module is not None else {}
+            self._known[key] = of_name(self._state, self._release, self._loads, patch.name, note)
         return self._known[key]
+
+    def of_action(self, report: ActionReport) -> Origin:
+        """Of the patch that was acted upon, whether it is still loaded or not."""
+        if report.file:
+            found = of_file(report.file, report.sha256, report.note)
+            if found.report is not None:
+                return found
+        return of_name(self._state, self._release, self._loads, report.patch, report.note)
 
     def all_of(self, patches: Sequence[LivePatch]) -> dict[str, Origin]:
         """Of these patches, by name."""

@@ -37,12 +37,12 @@ def loaded(folder: Path, report: BuildReport) -> dict[str, Record]:
 
 
 def test_the_report_beside_the_file_that_was_loaded(tmp_path: Path) -> None:
-    found = origin.of_patch(tmp_path, "6.1.0", loaded(tmp_path, REPORT), patch(NOTE))
+    found = origin.of_name(tmp_path, "6.1.0", loaded(tmp_path, REPORT), "fix", NOTE)
     assert found.report == REPORT
     assert found.report_file == str(tmp_path / "fix.json")
     assert found.cves == ("CVE-2024-1234",)
     older = {key: value for key, value in NOTE.items() if key != "cves"}
-    assert origin.of_patch(tmp_path, "6.1.0", loaded(tmp_path, REPORT), patch(older)).cves == (
+    assert origin.of_name(tmp_path, "6.1.0", loaded(tmp_path, REPORT), "fix", older).cves == (
         "CVE-2024-9999",
     )
 
@@ -57,13 +57,13 @@ def test_the_report_beside_the_file_that_was_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_a_report_of_another_build_is_not_shown(tmp_path: Path, other: BuildReport) -> None:
-    found = origin.of_patch(tmp_path, "6.1.0", loaded(tmp_path, other), patch(NOTE))
+    found = origin.of_name(tmp_path, "6.1.0", loaded(tmp_path, other), "fix", NOTE)
     assert (found.report, found.report_file) == (None, "")
     assert found.loaded is not None
 
 
 def test_modules_of_others_have_none(tmp_path: Path) -> None:
-    assert origin.of_patch(tmp_path, "6.1.0", loaded(tmp_path, REPORT), patch({})).report is None
+    assert origin.of_name(tmp_path, "6.1.0", loaded(tmp_path, REPORT), "fix", {}).report is None
 
 
 def test_of_a_file(tmp_path: Path) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 
 from kmend.cli.context import Context
-from kmend.core.errors import UsageError
-from kmend.core.live import ActionReport, Transition
+from kmend.core.errors import KmendError, Refusal, UsageError
+from kmend.core.files import write_atomically
+from kmend.core.live import ActionReport, Occasion, Result, Transition
 from kmend.manager import Ask, Choice, Following, Manager, OnStall
+from kmend.runtime import journal
 from kmend.runtime.follow import Patience
+from kmend.runtime.place import Place
 
 EPILOG = """\
 On a stall: tasks that sleep in a function which is about to change are interrupted for a moment (--no-wake
@@ -48,6 +57,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--interrupt-io-uring",
         action="store_true",
         help="interrupt also tasks in io_uring_enter(), which then returns EINTR",
+    )
+    add_report(parser)
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """``--report``."""
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write what was done, and what stood in the way, into one HTML file (.html), however it ends",
     )
 
 
@@ -131,14 +150,112 @@ def tell(verb: str, reports: Sequence[ActionReport], context: Context) -> int:
     return 0 if all(map(succeeded, reports)) else 1
 
 
-def each(verb: str, names: Sequence[str], work: Callable[[str], ActionReport], context: Context) -> int:
-    """Do it for each name in turn, up to the first that does not succeed."""
+class Recorder:
+    """Writes the HTML report of a verb, when one is asked for."""
+
+    def __init__(self, verb: str, file: str | None, context: Context) -> None:
+        """
+        Raises:
+            UsageError: the file's name is no ``.html``, or nothing can be written there.
+        """
+        self.verb, self.context = verb, context
+        self.file = None if file is None else Path(file)
+        self.began = time.time()
+        if self.file is None:
+            return
+        if self.file.suffix not in (".html", ".htm"):
+            # `load --report fix.ko other.ko` must not cost somebody a module
+            raise UsageError(
+                f"{self.file} is no name for an HTML file",
+                why="--report writes one, over what is there",
+                next_step="name a file that ends in .html",
+                rule="usage",
+            )
+        if self.file.is_dir() or not os.access(self.file.parent, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"{self.file} cannot be written",
+                why="it is a folder" if self.file.is_dir() else f"{self.file.parent} cannot be written",
+                next_step="name another file: nothing has been done yet",
+                rule="unwritable",
+            )
+
+    @contextmanager
+    def watching(self, name: str, done: Sequence[ActionReport] = ()) -> Iterator[None]:
+        """Write the report also when the action on ``name`` ends in an error or is interrupted."""
+        try:
+            yield
+        except KmendError as error:
+            ended = ActionReport(self.verb, name, Result.REFUSED, error.what, refused=error.reasons)
+            self._or_say([*done, ended])
+            raise
+        except BaseException as error:
+            why = f"stopped by {type(error).__name__}; the kernel goes on with what was begun"
+            self._or_say([*done, ActionReport(self.verb, name, Result.FAILED, why, "kmend status")])
+            raise
+
+    def write(self, reports: Sequence[ActionReport]) -> list[ActionReport]:
+        """Write the report. What was done is done: that it cannot be written is but a warning with it."""
+        rows = list(reports)
+        try:
+            self._write(rows)
+        except KmendError as error:
+            warning = Refusal("report-unwritten", f"{self.file} was not written", error.why, error.next_step)
+            if rows:
+                rows[-1] = replace(rows[-1], warnings=(*rows[-1].warnings, warning))
+        return rows
+
+    def _or_say(self, rows: Sequence[ActionReport]) -> None:
+        try:
+            self._write(rows)
+        except KmendError as error:
+            sys.stderr.write(f"kmend: {self.file} was not written: {error.why}\n")
+
+    def _write(self, rows: Sequence[ActionReport]) -> None:
+        if self.file is None:
+            return
+        from kmend.origin import Origins
+        from kmend.report.html import page
+        from kmend.runtime.kernel_state import read_kernel
+        from kmend.runtime.klog import epoch_of_boot
+
+        place = Place()
+        kernel = None
+        with suppress(KmendError):
+            kernel = read_kernel(place)
+        by = journal.who(place, shlex.join(["kmend", *sys.argv[1:]]))
+        occasion = Occasion(
+            self.verb,
+            by.command,
+            by.login or by.user,
+            os.uname().nodename,
+            kernel,
+            self.began,
+            time.time(),
+            epoch_of_boot(),
+        )
+        origins = Origins(
+            self.context.config.state, kernel.release if kernel else "", kernel.boot_id if kernel else ""
+        )
+        text = page(occasion, rows, [origins.of_action(row).report for row in rows])
+        write_atomically(self.file, text.encode(errors="backslashreplace"), mode=0o640)
+
+
+def each(
+    verb: str,
+    names: Sequence[str],
+    work: Callable[[str], ActionReport],
+    context: Context,
+    file: str | None = None,
+) -> int:
+    """Do it for each name in turn, up to the first that does not succeed; ``file`` is that of --report."""
     from kmend.report.action import succeeded
 
+    recorder = Recorder(verb, file, context)
     reports: list[ActionReport] = []
     for name in names:
         try:
-            reports.append(work(name))
+            with recorder.watching(name, reports):
+                reports.append(work(name))
         except KeyboardInterrupt:
             context.progress.close()
             sys.stderr.write(
@@ -148,4 +265,4 @@ def each(verb: str, names: Sequence[str], work: Callable[[str], ActionReport], c
             raise
         if not succeeded(reports[-1]):
             break
-    return tell(verb, reports, context)
+    return tell(verb, recorder.write(reports), context)

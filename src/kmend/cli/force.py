@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from kmend.cli.acting import each, manager
+from kmend.cli.acting import add_report, each, manager
 from kmend.cli.context import Context
 
 
@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action="store_true",
             help="interrupt also tasks in io_uring_enter(), which then returns EINTR",
         )
+    add_report(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -31,11 +32,16 @@ def run(args: argparse.Namespace, context: Context) -> int:
     machine = manager(context)
     if args.verb == "force":
         return each(
-            "force", [args.name], lambda name: machine.force(name, confirmed=args.yes_i_know), context
+            "force",
+            [args.name],
+            lambda name: machine.force(name, confirmed=args.yes_i_know),
+            context,
+            args.report,
         )
     return each(
         "signal",
         [args.name or ""],
         lambda name: machine.signal(name or None, io_uring=args.interrupt_io_uring),
         context,
+        args.report,
     )

@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 
-from kmend.cli.acting import tell
+from kmend.cli.acting import Recorder, tell
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import ActionReport
@@ -109,8 +109,10 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
 def load_all(args: argparse.Namespace, how: Following, context: Context) -> int:
     """``kmend load --all``."""
     installer = Installer(context.config, context.progress)
-    reports: Sequence[ActionReport] = installer.load_all(how, boot=args.boot, retry=args.retry)
-    status = tell("load", reports, context)
+    recorder = Recorder("load", args.report, context)
+    with recorder.watching("--all"):
+        reports: Sequence[ActionReport] = installer.load_all(how, boot=args.boot, retry=args.retry)
+    status = tell("load", recorder.write(reports), context)
     if not reports:
         context.say("nothing is installed for the running kernel")
     return status

@@ -60,4 +60,4 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return load_all(args, how, context)
     machine = manager(context)
     parameters = " ".join(args.param)
-    return each("load", args.module, lambda name: machine.load(name, how, parameters), context)
+    return each("load", args.module, lambda name: machine.load(name, how, parameters), context, args.report)

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
     names = machine.loaded() if everything else tuple(name.removesuffix(".ko") for name in args.name)
     match args.verb:
         case "unload":
-            return each("unload", names, lambda name: machine.unload(name, how), context)
+            return each("unload", names, lambda name: machine.unload(name, how), context, args.report)
         case "disable":
-            return each("disable", names, lambda name: machine.disable(name, how), context)
+            return each("disable", names, lambda name: machine.disable(name, how), context, args.report)
         case _:
-            return each("enable", names, lambda name: machine.enable(name, how), context)
+            return each("enable", names, lambda name: machine.enable(name, how), context, args.report)

@@ -350,3 +350,21 @@ class ActionReport:
     sha256: str = ""
     note: Mapping[str, object] = field(default_factory=dict)
     began: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Occasion:
+    """By whom, when, where and in which words something was asked for.
+
+    Times are seconds since the epoch; ``boot`` is when the clock of the kernel's log was 0. ``kernel`` is
+    None when it could not be looked at.
+    """
+
+    verb: str
+    command: str
+    user: str
+    machine: str
+    kernel: KernelState | None
+    began: float
+    ended: float
+    boot: float
