@@ -16,7 +16,7 @@ import lzma
 import os
 import struct
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -237,7 +237,6 @@ class RunningCode:
         except BaseException:
             self._memory.close()
             raise
-        self._starts = self._table.starts()
         self._probed = _probed(place)
 
     def close(self) -> None:
@@ -286,7 +285,7 @@ class RunningCode:
         section = self._image.section(".text")
         assert section is not None
         low = section.address + self._distance
-        for start in self._starts:
+        for start in self._table.starts():
             if low <= start < low + section.size:
                 self._of_image(RunningSymbol(start, "t", f"{start:#x}", VMLINUX), found)
         return found
@@ -303,10 +302,10 @@ class RunningCode:
 
     def _size(self, address: int) -> int:
         """Up to the next symbol, as kallsyms_lookup_size_offset() has it."""
-        at = bisect_right(self._starts, address)
-        if at >= len(self._starts):
+        after = self._table.after(address)
+        if after is None:
             raise Unable(f"the end of the function at {address:#x} is not known", rule="no-kcore")
-        return self._starts[at] - address
+        return after - address
 
     def _judge(self, symbol: RunningSymbol, code: bytes, left_out: frozenset[int], found: Compared) -> None:
         running = self._memory.read(symbol.address, len(code))

@@ -396,7 +396,10 @@ def test_symbols_are_found_by_name_and_by_address(symbols: Place) -> None:
     assert [row.address & 0xFF for row in table.named("g")] == [0x20, 0x30]
     assert [(row.name, row.object) for row in table.at(0xFFFFFFFF81000040)] == [("h", "ext4")]
     assert table.named("no") == ()
-    assert [start & 0xFF for start in table.starts()] == [0x10, 0x20, 0x30, 0x40]
+    starts = table.starts()
+    assert [start & 0xFF for start in starts] == [0x10, 0x20, 0x30, 0x40]
+    assert [table.after(start) for start in starts] == [*starts[1:], None]
+    assert table.after(starts[0] + 1) == starts[1]
     write(symbols.proc / "kallsyms", "0000000000000000 t f\n0000000000000000 t g\n")
     with pytest.raises(Unable) as error:
         SymbolTable(symbols)

@@ -15,7 +15,6 @@ What follows from them is decided as ``__ftrace_hash_update_ipmodify()`` and
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -157,16 +156,20 @@ def read_probes(place: Place) -> tuple[Probe, ...] | None:
     return tuple(rows)
 
 
-def read_traceable(place: Place) -> frozenset[tuple[str, str]] | None:
-    """(object, name as the kernel prints it) of every function with an ftrace entry; None: not readable."""
-    lines = _tracefs(place, "available_filter_functions")
-    if not lines:
+def read_traceable(place: Place, functions: Iterable[Entry]) -> frozenset[tuple[str, str]] | None:
+    """Those of ``functions`` that have an ftrace entry, as (object, name as the kernel prints it).
+
+    None: not readable. The file has 50,000 lines, so it is searched as text.
+    """
+    text = _tracefs(place, "available_filter_functions")
+    if not text:
         return None
-    rows = []
-    for line in lines.splitlines():
-        name, _, module = line.partition(" ")
-        rows.append((module.strip("[]") or VMLINUX, name))
-    return frozenset(rows)
+    text = f"\n{text}\n"
+    return frozenset(
+        (row.object, row.shown)
+        for row in functions
+        if f"\n{row.shown}{'' if row.object == VMLINUX else f' [{row.object}]'}\n" in text
+    )
 
 
 def entries(
@@ -180,7 +183,6 @@ def entries(
         if obj.patched is not False
         for one in obj.functions
     }
-    starts = table.starts()
     found = []
     for object_, name, sympos in functions:
         same = [row for row in table.named(name) if row.object == object_]
@@ -188,7 +190,7 @@ def entries(
             continue
         symbol = same[max(sympos, 1) - 1]
         shown = shown_name(table, symbol)
-        after = next_start(starts, symbol.address)
+        after = table.after(symbol.address)
         found.append(
             Entry(
                 name=name,
@@ -210,18 +212,12 @@ def shown_name(table: SymbolTable, symbol: RunningSymbol) -> str:
     return same[0].name if same else symbol.name
 
 
-def next_start(starts: Sequence[int], address: int) -> int | None:
-    """The first symbol's address above ``address``: where a function ends for the kernel."""
-    at = bisect_right(starts, address)
-    return starts[at] if at < len(starts) else None
-
-
 # -- what follows ----------------------------------------------------------------------------------
 
 
 def look(place: Place, functions: Sequence[Entry], table: SymbolTable) -> Hooks:
     """Hold the entries that a livepatch wants against everybody else's."""
-    traced, probes, traceable = read_traced(place), read_probes(place), read_traceable(place)
+    traced, probes, traceable = read_traced(place), read_probes(place), read_traceable(place, functions)
     excluded: set[int] = set()
     rows = [
         *_entries(functions, traceable),
