@@ -86,6 +86,10 @@ WISHES = {
         before="static int no(struct klp_object *o) { return -ENODEV; }",
     ),
     "unmarked": Wish((CMDLINE,), mark=""),
+    # more than the guest's memory: vmalloc() refuses it at once, without looking for anything to free
+    "huge": Wish(
+        (("cmdline_proc_show", 0, "static char large[1 << 30];\n" + show("seq_write(m, large, 1);")),)
+    ),
     "warning": Wish(
         (CMDLINE,),
         object=".callbacks = { .post_patch = warn }, ",
@@ -100,6 +104,25 @@ static void after(struct kprobe *p, struct pt_regs *r, unsigned long f) { }
 static struct kprobe probe = { .symbol_name = "cmdline_proc_show", .post_handler = after };
 static int __init start(void) { return register_kprobe(&probe); }
 static void __exit end(void) { unregister_kprobe(&probe); }
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+"""
+#: Another user of ftrace that decides where a function goes.
+HOOK = """
+#include <linux/ftrace.h>
+#include <linux/module.h>
+static void notrace enter(unsigned long ip, unsigned long from, struct ftrace_ops *o, struct ftrace_regs *r)
+{
+}
+static struct ftrace_ops ops = { .func = enter, .flags = FTRACE_OPS_FL_SAVE_REGS | FTRACE_OPS_FL_IPMODIFY };
+static char name[] = "cmdline_proc_show";
+static int __init start(void)
+{
+	int err = ftrace_set_filter(&ops, name, sizeof(name) - 1, 1);
+	return err ? err : register_ftrace_function(&ops);
+}
+static void __exit end(void) { unregister_ftrace_function(&ops); }
 module_init(start);
 module_exit(end);
 MODULE_LICENSE("GPL");
@@ -129,9 +152,13 @@ WISHES["kthread"] = Wish(
 )
 
 
+#: Modules that are no livepatches.
+OTHERS = {"probe": PROBE, "hook": HOOK, "sleeper": SLEEPER}
+
+
 def build(target: Target, folder: Path) -> dict[str, Path]:
     """All of them by name. ``make M=`` writes nothing into the target's tree."""
-    sources = {name: wish.source() for name, wish in WISHES.items()} | {"probe": PROBE, "sleeper": SLEEPER}
+    sources = {name: wish.source() for name, wish in WISHES.items()} | OTHERS
     for name, text in sources.items():
         (folder / f"{name}.c").write_text(text)
     (folder / "Makefile").write_text("obj-m := " + " ".join(f"{name}.o" for name in sources) + "\n")
