@@ -585,21 +585,23 @@ def _off(by: str) -> Refusal:
     )
 
 
-def _tripped(found: Persistence, words: str = "") -> Refusal:
+def tripped_words(found: Persistence) -> str:
+    """Why nothing is loaded when a former boot never got healthy."""
     attempt = found.attempt
     if attempt is None or not attempt.boot:
-        why = (
-            f"{found.store.folder / persistence.ATTEMPT} is damaged, so the last boot is not known to be well"
-        )
-    else:
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(attempt.time))
-        why = (
-            f"the boot of {when} loaded {', '.join(attempt.patches)} and was never found to be healthy: it "
-            "crashed, or ended too early" + (f"; {words}" if words else "")
-        )
+        mark = found.store.folder / persistence.ATTEMPT
+        return f"{mark} is damaged, so the last boot is not known to be well"
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(attempt.time))
+    return (
+        f"the boot of {when} began to load {', '.join(attempt.patches)} and was never found to be "
+        "healthy: it crashed, or ended too early"
+    )
+
+
+def _tripped(found: Persistence, words: str = "") -> Refusal:
     return Refusal(
         "crash-guard",
         f"the installed patches of {found.release} stay off",
-        why,
+        tripped_words(found) + (f"; {words}" if words else ""),
         "kmend uninstall what is to blame; then kmend load --all --retry",
     )

@@ -10,7 +10,7 @@ from kmend.cli.acting import Recorder, tell
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import ActionReport
-from kmend.installer import Installer
+from kmend.installer import Installer, tripped_words
 from kmend.manager import Following, Manager
 from kmend.runtime.persistence import Guard, Persistence, Store
 
@@ -181,7 +181,7 @@ def boot_text(found: Persistence | None) -> Iterator[str]:
             yield f"  switched off by {found.off}"
         match found.guard:
             case Guard.TRIPPED:
-                yield "  LEFT OFF: a former boot that loaded them was never found to be healthy"
+                yield f"  LEFT OFF: {tripped_words(found)}"
                 yield "  next: kmend log; kmend uninstall what is to blame; then kmend load --all --retry"
             case Guard.WATCHING:
                 yield "  this boot is not known to be healthy yet (kmend healthy, by timer or by hand)"
