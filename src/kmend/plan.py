@@ -53,7 +53,8 @@ from kmend.klp.structs import (
 from kmend.manager import Examined, Manager
 from kmend.module.describe import KLP_SYMBOL, Description, FuncRow, ObjectFuncs, klp_symbols
 from kmend.runtime import act, answers, blockers, probes
-from kmend.runtime.inside import Looks, Seeker, looks
+from kmend.runtime.frames import Seeker
+from kmend.runtime.inside import Looks, looks
 from kmend.runtime.place import Place, optional
 from kmend.runtime.preflight import ModuleFile
 from kmend.runtime.symbols import RunningSymbol, SymbolTable

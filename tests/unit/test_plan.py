@@ -16,8 +16,8 @@ from kmend.module.describe import Description, FuncRow, ObjectFuncs
 from kmend.plan import Planner
 from kmend.report import plan as rendering
 from kmend.runtime import probes
-from kmend.runtime.blockers import Watched
-from kmend.runtime.inside import Seeker, looks
+from kmend.runtime.frames import Seeker, Watched
+from kmend.runtime.inside import looks
 from kmend.runtime.observe import Seen
 from kmend.runtime.place import Place
 from kmend.runtime.preflight import ModuleFile

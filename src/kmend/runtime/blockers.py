@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from kmend.core.errors import Unable
-from kmend.core.live import Blocker, Cause, Frame, LivePatch, Phase, Task, Transition
-from kmend.runtime import symbols
+from kmend.core.live import Blocker, Cause, LivePatch, Phase, Task, Transition
+from kmend.runtime import restart
+from kmend.runtime.frames import Seeker, Watched
 from kmend.runtime.place import Place
 from kmend.runtime.tasks import Sweep, read_task, sweep
 
@@ -48,76 +48,61 @@ _IO_URING = (
 _FREEZERS = ("__refrigerator", "do_freezer_trap")
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """A function that must not be on a stack: its name, the object that it belongs to for livepatch, and
-    where its present code lies (``vmlinux``, its module, or the module of the patch whose code runs).
-    """
-
-    name: str
-    object: str
-    code: str
-
-
 @dataclass(slots=True)
 class Explainer:
     """Explains the tasks of one transition; looks addresses up once, when a name alone does not tell."""
 
     place: Place
     patch: LivePatch
-    watched: tuple[Watched, ...]
+    seeker: Seeker
     unpatching: bool
-    _aliases: dict[str, frozenset[str]] | None = field(default=None)
+    _with_aliases: Seeker | None = field(default=None)
 
     @classmethod
     def of(cls, place: Place, patch: LivePatch, patches: Sequence[LivePatch]) -> Explainer:
         """For a patch in transition; ``patches`` are all, from the bottom of the stack to the top."""
-        unpatching = patch.phase is Phase.UNPATCHING
-        return cls(place, patch, watched(patch, patches), unpatching)
+        return cls(place, patch, seeker(patch, patches), patch.phase is Phase.UNPATCHING)
 
     def explain(self, task: Task) -> Blocker:
         """Why this task has not switched, and what helps."""
-        hit = self._hit(task)
-        function, where = (hit[1].name, hit[1].object) if hit else ("", "")
-        cause = _cause(task, hit is not None)
-        why, remedy = _words(task, cause, f"{function}()" if function else "", self.unpatching)
-        wakeable = cause is Cause.IN_FUNCTION and hit is not None
+        row = self._hit(task)
+        function, where = (row.name, row.object) if row else ("", "")
+        cause = _cause(task, row is not None)
+        # there alone the kernel's own restart does not come to help
+        unseen = cause is Cause.IO_URING and restart.waits_untimed(self.place, task.pid, task.tid)
+        why, remedy = _words(task, cause, f"{function}()" if function else "", self.unpatching, unseen)
+        wakeable = unseen or (cause is Cause.IN_FUNCTION and row is not None)
         return Blocker(task, cause, function, where, why, remedy, wakeable)
 
-    def _hit(self, task: Task) -> tuple[Frame, Watched] | None:
-        """The outermost frame that is in a watched function: what it called is on the way."""
+    def _hit(self, task: Task) -> Watched | None:
+        """The code that changes in which the task is."""
         stack = task.stack or ()
-        for frame in reversed(stack):
-            for row in self.watched:
-                if frame.object == row.code and frame.function == row.name:
-                    return frame, row
-        if self.unpatching:
-            # a replacement may have any name; in the patch's own module each of its frames holds it up
-            for frame in reversed(stack):
-                if frame.module == self.patch.name:
-                    return frame, Watched(frame.function, self.patch.name, self.patch.name)
-        if task.kthread or task.state != "S":  # looking addresses up takes a while, and helps only these
-            return None
-        aliases = self._aliases_of_watched()
-        for frame in reversed(stack):
-            for row in self.watched:
-                if frame.object == row.code and frame.function in aliases.get(row.name, ()):
-                    return frame, row
-        return None
+        hit = self.seeker.find(stack)
+        if hit is None and stack and task.state != "R":
+            if self._with_aliases is None:
+                self._with_aliases = self.seeker.with_aliases(self.place)
+            hit = self._with_aliases.find(stack)
+        return hit[0] if hit is not None else None
 
-    def _aliases_of_watched(self) -> dict[str, frozenset[str]]:
-        """Other names of the same addresses: ``__x64_sys_getppid`` is ``__do_sys_getppid`` in stacks."""
-        if self._aliases is None:
-            self._aliases = {}
-            try:
-                table = symbols.SymbolTable(self.place)
-            except Unable:
-                return self._aliases
-            for name in {row.name for row in self.watched}:
-                self._aliases[name] = frozenset(
-                    other.name for row in table.named(name) for other in table.at(row.address)
-                )
-        return self._aliases
+
+def seeker(patch: LivePatch, patches: Sequence[LivePatch]) -> Seeker:
+    """What no stack may hold for this transition, as far as names tell.
+
+    A replacement may have any name. So when a patch is taken back, each frame in its own module holds that
+    up; when one comes over another, each frame in the other's module that is not of a function which stays.
+    """
+    rows = watched(patch, patches)
+    if patch.phase is Phase.UNPATCHING:
+        return Seeker(rows, {patch.name: frozenset()})
+    changing = {(row.code, row.name) for row in rows}
+    foreign = {
+        other.name: frozenset(
+            f.name for obj in other.objects for f in obj.functions if (other.name, f.name) not in changing
+        )
+        for other in patches
+        if any(row.code == other.name for row in rows)
+    }
+    return Seeker(rows, foreign)
 
 
 def watched(patch: LivePatch, patches: Sequence[LivePatch]) -> tuple[Watched, ...]:
@@ -198,7 +183,7 @@ def waits_for(task: Task) -> str:
     return f"{task.wchan}()" if task.wchan else ""
 
 
-def _words(task: Task, cause: Cause, function: str, unpatching: bool) -> tuple[str, str]:
+def _words(task: Task, cause: Cause, function: str, unpatching: bool, unseen: bool) -> tuple[str, str]:
     """The two sentences: why it waits, what helps."""
     inside = (f" inside {function}" + (" of the patch" if unpatching else "")) if function else ""
     waits = waits_for(task)
@@ -229,8 +214,11 @@ def _words(task: Task, cause: Cause, function: str, unpatching: bool) -> tuple[s
         case Cause.IO_URING:
             return (
                 f"waits in io_uring_enter(){inside}",
-                "the kernel's own signals never free it; an interruption does, but its io_uring_enter() then "
-                "returns EINTR (allow that with --interrupt-io-uring)",
+                "the kernel's own signals never free it; an interruption does, and its call is begun anew"
+                if unseen
+                else "the kernel's own signals never free it; an interruption does, but its call, which has "
+                "a timeout or has submitted something, then returns early: EINTR, or what it has submitted "
+                "(allow that with --interrupt-io-uring)",
             )
         case Cause.KTHREAD:
             how = "sleeps uninterruptibly" if task.state == "D" else "sleeps"

@@ -48,8 +48,8 @@ class Patience:
     switched, and the kernel alone is to be waited for. It then synchronises all processors and, for
     unpatching, waits for a grace period of RCU-tasks for each function (29 functions took 5.3 s); turning it
     round would only wait for the same. ``before_waking``: how long tasks get to leave by themselves.
-    ``wake``: whether tasks may be interrupted at all; ``io_uring``: also those in ``io_uring_enter()``,
-    which then returns EINTR.
+    ``wake``: whether tasks may be interrupted at all; ``io_uring``: also those in an ``io_uring_enter()``
+    that cannot be restarted unseen: it then returns EINTR, or that it has submitted and not waited.
     """
 
     limit: float = 60.0
@@ -177,7 +177,7 @@ class Follower:
             case Cause.IN_FUNCTION:
                 return True
             case Cause.IO_URING:
-                return self.patience.io_uring
+                return row.wakeable or self.patience.io_uring
             case Cause.UNRELIABLE | Cause.UNKNOWN:
                 return row.task.state == "S" and now - self._first_seen.get(tid, now) >= _UNEXPLAINED
             case _:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from kmend.core.live import Cause, Frame, LivePatch, Task
+from kmend.core.live import Cause, LivePatch, Task
 from kmend.core.plan import Inside, Leaves, Look
-from kmend.runtime.blockers import Explainer, Watched
+from kmend.runtime.blockers import Explainer
+from kmend.runtime.frames import Seeker, Watched
 from kmend.runtime.place import Place, optional
 from kmend.runtime.tasks import PF_KTHREAD, parse_stack, read_task, threads
 
@@ -23,38 +24,6 @@ from kmend.runtime.tasks import PF_KTHREAD, parse_stack, read_task, threads
 SPAN = 1.0
 #: What a kernel thread's main function returns to (kernel/kthread.c, arch/x86/entry).
 _BELOW_MAIN = ("kthread", "ret_from_fork", "ret_from_fork_asm")
-
-
-@dataclass(frozen=True, slots=True)
-class Seeker:
-    """Finds frames of code that changes.
-
-    ``watched`` rows carry names as the kernel prints them. ``foreign`` are modules of livepatches whose
-    functions' names are not known (a replacement may have any), with the old names that they replace and
-    this patch does not touch: a frame of any other name there may be one that changes.
-    """
-
-    watched: tuple[Watched, ...]
-    foreign: Mapping[str, frozenset[str]]
-
-    def pattern(self) -> re.Pattern[str] | None:
-        """What a stack must match to be worth reading."""
-        names = [re.escape(row.name) for row in self.watched]
-        modules = [re.escape(name) for name in self.foreign]
-        parts = [rf"\] (?:{'|'.join(names)})\+0x"] if names else []
-        parts += [rf"\[(?:{'|'.join(modules)})\]"] if modules else []
-        return re.compile("|".join(parts)) if parts else None
-
-    def find(self, stack: Sequence[Frame]) -> tuple[Watched, int, bool] | None:
-        """The outermost frame in such code: the row, its place in the stack, whether it is certain."""
-        for at in range(len(stack) - 1, -1, -1):
-            frame = stack[at]
-            for row in self.watched:
-                if frame.object == row.code and frame.function == row.name:
-                    return row, at, True
-            if frame.module in self.foreign and frame.function not in self.foreign[frame.module]:
-                return Watched(frame.function, frame.module, frame.module), at, False
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +127,9 @@ def _judged(
     ):
         return None
     row, at, certain = trace.last
-    explainer = Explainer(place, patch, (*seeker.watched, *(() if certain else (row,))), unpatching=False)
+    # uncertain: a row of its own, so that it is named as it was seen
+    known = seeker if certain else replace(seeker, watched=(*seeker.watched, row))
+    explainer = Explainer(place, patch, known, unpatching=False)
     blocker = explainer.explain(trace.task)
     left = trace.seen[-1] < number - 1 or any(
         b - a > 1 for a, b in zip(trace.seen, trace.seen[1:], strict=False)

@@ -3,7 +3,8 @@
 A task that is seized and interrupted (ptrace(2)) goes the way that it goes for the kernel's own fake signal
 (``klp_send_signals()``, kernel/livepatch/transition.c): its system call ends early, the kernel stops it
 on its way to user space and lets it go; most system calls are then restarted unseen. Of all ways that
-were measured this is the gentlest: no process sees a signal, a stop or a changed state.
+were measured this is the gentlest: no process sees a signal, a stop or a changed state. Some of the calls to
+which the kernel's own signal gives EINTR are begun anew instead (:mod:`kmend.runtime.restart`).
 
 What could go wrong, and why it does not:
 
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kmend.runtime import syscalls
+from kmend.runtime import restart, syscalls
 
 #: So many are held at once: none for longer than it takes to let go of the others.
 BATCH = 32
@@ -34,14 +35,20 @@ _PAUSE = 0.0005
 
 Ptrace = Callable[[int, int, int], int]
 Waitpid = Callable[[int, int], tuple[int, int]]
+#: ``waitpid(2)``'s status of a seized thread that stops for us (``PTRACE_EVENT_STOP``), shifted by 16.
+_EVENT_STOP = 128
 
 
 @dataclass(slots=True)
 class Woken:
-    """``interrupted`` have been through the kernel's exit path (or have ended); ``failed`` says why not."""
+    """``interrupted`` have been through the kernel's exit path (or have ended); ``failed`` says why not.
+
+    ``restarted`` are those of the first whose system call would have returned EINTR, and was begun anew.
+    """
 
     interrupted: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
+    restarted: list[int] = field(default_factory=list)
 
 
 def interrupt(tids: Iterable[int], limit: float = LIMIT) -> Woken:
@@ -101,6 +108,8 @@ def _let_go(tid: int, ptrace: Ptrace, waitpid: Waitpid, woken: Woken) -> bool:
     if os.WIFSTOPPED(status):
         # a stop of our making, or a group's stop, has an event; else a signal is about to be delivered
         deliver = os.WSTOPSIG(status) if status >> 16 == 0 else 0
+        if status >> 16 == _EVENT_STOP and restart.begin_anew(tid):
+            woken.restarted.append(tid)
         ptrace(syscalls.PTRACE_DETACH, tid, deliver)
     woken.interrupted.append(tid)
     return True
