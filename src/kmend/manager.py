@@ -224,6 +224,7 @@ class Manager:
             if module.wanted is None
             else [f"{row.object}:{row.name},{row.sympos}" for row in module.wanted],
             "not_checked": [row.name for row in checks if row.passed is None],
+            **_terms(following),
         }
 
         def work(run: _Run) -> ActionReport:
@@ -300,6 +301,7 @@ class Manager:
         if there.phase is not Phase.PATCHING and not (there.phase is Phase.ENABLED and interrupted):
             return None
         detail: dict[str, object] = {"file": module.path, "sha256": module.sha256, "replace": module.replace}
+        detail |= _terms(following)
 
         def work(run: _Run) -> ActionReport:
             run.step("it is loaded already; its transition is followed from here")
@@ -391,7 +393,7 @@ class Manager:
                     f"kmend unload {name} removes it",
                 )
 
-            return self._perform(verb, name, f"it is {patch.phase.value}", {}, seen, work)
+            return self._perform(verb, name, f"it is {patch.phase.value}", _terms(following), seen, work)
 
     def enable(self, name: str, following: Following) -> ActionReport:
         """Turn a patch that is being taken back round; enable a disabled one on kernels before 5.1.
@@ -420,7 +422,7 @@ class Manager:
                     run.step("turned its transition round" if patch.phase.moving else "enabled it")
                 return self._patched(run, following, set())
 
-            return self._perform("enable", name, f"it is {patch.phase.value}", {}, seen, work)
+            return self._perform("enable", name, f"it is {patch.phase.value}", _terms(following), seen, work)
 
     def _not_enabled_again(self, name: str, seen: Seen) -> Refusal:
         loads = journal.loads(self._journal(seen.kernel.boot_id).records(), seen.kernel.boot_id)
@@ -807,6 +809,14 @@ def _known(seen: Seen, name: str) -> LivePatch:
             rule="unknown-patch",
         )
     return patch
+
+
+def _terms(following: Following) -> dict[str, object]:
+    """How a transition is followed, for the journal: whoever watches can say what comes next."""
+    if not following.wait:
+        return {}
+    patience = following.patience
+    return {"wait": patience.limit, "wake": patience.wake, "on_stall": following.on_stall.value}
 
 
 def _same(there: LivePatch, module: ModuleFile, interrupted: Sequence[journal.Record]) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -19,10 +17,6 @@ from kmend.runtime.place import Place
 
 if TYPE_CHECKING:
     from kmend.origin import Origin
-
-#: Homes the cursor and clears what is below; each line clears its own rest, so that nothing flickers.
-_HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +53,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
         )
     place = Place()
     if args.watch:
-        return watch(place, args, context)
+        from kmend.cli.watching import Looker, blocks, fancy, screens
+
+        chosen(observe(place, context.config.state, limit=0), args.name)
+        looker = Looker(place, context, args.name)
+        return screens(looker, args.interval) if fancy() else blocks(looker, args.interval, context)
     seen = observe(place, context.config.state)
     chosen(seen, args.name)
     from kmend.cli.install import boot_document, boot_text
@@ -182,34 +180,6 @@ def unfinished_text(row: Record, seen: Seen) -> str:
         f"an action did not end: `kmend {row.verb} {row.patch}` of {row.user} (process {row.pid}) was "
         f"killed; {row.patch}: {state} now. Run it again to finish it, or `kmend unload {row.patch}`"
     )
-
-
-def watch(place: Place, args: argparse.Namespace, context: Context) -> int:
-    """Show changes until interrupted. On a terminal: one screen; else: a block for each change."""
-    state = context.config.state
-    terminal = sys.stdout.isatty()
-    began: dict[int, float] = {}
-    last: list[str] = []
-    if terminal:
-        sys.stdout.write(_ENTER)
-    try:
-        while True:
-            seen = observe(place, state)
-            text = list(lines(seen, args.name)) + list(waiting(seen, began))
-            if terminal:
-                width, height = shutil.get_terminal_size()
-                head = time.strftime("%H:%M:%S") + "  kmend status --watch, Ctrl-C ends"
-                screen = [line[:width] for line in (head, "", *text)][: height - 1]
-                sys.stdout.write(_HOME + "".join(f"{line}{_REST}\n" for line in screen) + _BELOW)
-                sys.stdout.flush()
-            elif text != last:
-                last = text
-                context.say("\n".join((time.strftime("%H:%M:%S"), *text, "")))
-            time.sleep(args.interval)
-    finally:
-        if terminal:
-            sys.stdout.write(_LEAVE)
-            sys.stdout.flush()
 
 
 def waiting(seen: Seen, began: dict[int, float]) -> Iterator[str]:

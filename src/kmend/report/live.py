@@ -294,7 +294,7 @@ def group_line(group: Group) -> str:
 
 def group_name(group: Group) -> str:
     """``20 tasks (sleep)``; of many names the first few."""
-    names = list(dict.fromkeys(row.task.name for row in group.rows))
+    names = list(dict.fromkeys(printable(row.task.name) for row in group.rows))
     more = ", …" if len(names) > SHOWN_NAMES else ""
     return f"{tasks(len(group.rows))} ({', '.join(names[:SHOWN_NAMES])}{more})"
 
@@ -328,7 +328,7 @@ def task_name(row: Blocker) -> str:
     thread = f" thread {task.tid}" if task.tid != task.pid else ""
     name = task.name if task.name == task.process or not task.process else f"{task.process}/{task.name}"
     inner = f", {task.pids[-1]} in its namespace" if len(task.pids) > 1 else ""
-    return f"{task.pid}{thread} ({name}{inner})"
+    return f"{task.pid}{thread} ({printable(name)}{inner})"
 
 
 def blockers_text(row: Transition) -> Iterator[str]:
