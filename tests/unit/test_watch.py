@@ -123,7 +123,7 @@ def test_a_stall_with_everything_about_it() -> None:
         "24 tasks left",
         "nap()",
         "interrupted 4 s ago",
-        "about to be interrupted",
+        "not interrupted yet",
         "100 (sleep)",
         "helps: an interruption lets it",
         "nap+0x1 ← here",
@@ -131,6 +131,13 @@ def test_a_stall_with_everything_about_it() -> None:
         "4 s",
     ):
         assert words in shown, words
+
+
+def test_who_waits_for_the_kernel_says_so() -> None:
+    view = replace(look(3), acting=replace(ACTING, steps=(), wakes=False), busy=True)
+    assert "left to the kernel's signal" in drawn(view, watched(view))
+    view = replace(view, acting=replace(ACTING, steps=()))
+    assert "about to be interrupted" in drawn(view, watched(view))
 
 
 def test_who_would_help_when_nobody_acts() -> None:
