@@ -46,6 +46,7 @@ from kmend.runtime.observe import Seen, observe
 from kmend.runtime.patches import IDENTITY, identity, read_patch
 from kmend.runtime.place import Place
 from kmend.runtime.preflight import ModuleFile, Wanted
+from kmend.runtime.symbols import SymbolTable
 from kmend.runtime.wake import interrupt
 
 if TYPE_CHECKING:
@@ -134,13 +135,17 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What a load would look at first: the file, the machine, and each check's outcome."""
+    """What a load would look at first: the file, the machine, and each check's outcome.
+
+    ``table`` is None when the kernel shows this user no symbols.
+    """
 
     module: ModuleFile
     description: Description
     elf: ElfFile
     seen: Seen
     checks: tuple[Check, ...]
+    table: SymbolTable | None = None
 
 
 class Manager:
@@ -272,16 +277,26 @@ class Manager:
         from kmend.module.describe import describe
 
         elf = read(data, module.path)
-        checks = self._checks(module, data, seen, view, problem)
-        return Examined(module, describe(elf, layout, module.path), elf, seen, tuple(checks))
+        try:
+            table: SymbolTable | None = SymbolTable(self.place)
+        except Unable:
+            table = None  # the checks say so
+        checks = self._checks(module, data, seen, view, problem, table)
+        return Examined(module, describe(elf, layout, module.path), elf, seen, tuple(checks), table)
 
     def _checks(
-        self, module: ModuleFile, data: bytes, seen: Seen, view: TargetView | None, problem: str
+        self,
+        module: ModuleFile,
+        data: bytes,
+        seen: Seen,
+        view: TargetView | None,
+        problem: str,
+        table: SymbolTable | None,
     ) -> list[Check]:
         leftover = next((row for row in seen.left if row.name == module.name), None)
         without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
         checks = [
-            *preflight.look(self.place, module, without),
+            *preflight.look(self.place, module, without, table),
             *self._rules(view, problem, data, module.path),
             *self._code(module, view, seen),
         ]

@@ -93,7 +93,7 @@ def objections(place: Place, examined: Examined) -> list[Check]:
     `kmend load` asks for them, so that both refuse the same.
     """
     try:
-        return Planner(place, Silent(), examined).foretell(SymbolTable(place))[0]
+        return Planner(place, Silent(), examined).foretell(examined.table or SymbolTable(place))[0]
     except KmendError as error:
         return [Check("model", None, error.what)]
 
@@ -115,7 +115,7 @@ class Planner:
             Unable: there is no ``/proc``.
         """
         module, seen = self.examined.module, self.examined.seen
-        table = SymbolTable(self.place)
+        table = self.examined.table or SymbolTable(self.place)
         found, model = self.foretell(table)
         checks = (*self.examined.checks, *found)
         refused = tuple(row.refusal for row in checks if row.refusal is not None)

@@ -53,8 +53,11 @@ class ModuleFile:
         return self.vermagic.partition(" ")[0]
 
 
-def look(place: Place, module: ModuleFile, seen: Seen) -> tuple[Check, ...]:
-    """Every check that needs nothing but the running kernel and the file."""
+def look(place: Place, module: ModuleFile, seen: Seen, table: SymbolTable | None = None) -> tuple[Check, ...]:
+    """Every check that needs nothing but the running kernel and the file.
+
+    ``table`` is the kernel's symbol table when it has been read already.
+    """
     return (
         _release(module, seen.kernel),
         _build(module, seen.kernel),
@@ -64,7 +67,7 @@ def look(place: Place, module: ModuleFile, seen: Seen) -> tuple[Check, ...]:
         _name(module, seen),
         _transition(module, seen),
         _needed(place, module),
-        *_functions(place, module, seen.patches),
+        *_functions(place, module, seen.patches, table),
     )
 
 
@@ -199,14 +202,16 @@ def _needed(place: Place, module: ModuleFile) -> Check:
     )
 
 
-def _functions(place: Place, module: ModuleFile, patches: Sequence[LivePatch]) -> Iterator[Check]:
+def _functions(
+    place: Place, module: ModuleFile, patches: Sequence[LivePatch], table: SymbolTable | None
+) -> Iterator[Check]:
     if module.wanted is None:
         yield Check(
             "functions", None, "which functions it replaces cannot be read without its kernel's target"
         )
         return
     try:
-        table = SymbolTable(place)
+        table = table or SymbolTable(place)
     except Unable as error:
         yield Check("functions", None, error.what)
         return

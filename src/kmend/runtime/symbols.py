@@ -6,16 +6,12 @@ CAP_SYSLOG (``kptr_restrict``) all addresses are 0; then nothing can be told fro
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kmend.core.errors import Unable
 from kmend.core.target import VMLINUX
 from kmend.runtime.place import Place, data, not_permitted
-
-_ADDRESS = re.compile(rb"\n([0-9a-f]{16})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,6 @@ class SymbolTable:
         if not contents:
             raise Unable(f"{path} is not there", why="the kernel shows no symbols", rule="unreadable")
         self._text = b"\n" + contents.rstrip(b"\n") + b"\n"
-        self._sorted: list[bytes] | None = None
         last = self._text[self._text.rfind(b"\n", 0, -1) :]
         first = self._text[1 : self._text.find(b" ")]
         if not first.strip(b"0") and not last.split()[0].strip(b"0"):
@@ -61,19 +56,23 @@ class SymbolTable:
 
     def starts(self) -> list[int]:
         """Every address at which a symbol begins, ascending: the next one ends a function."""
-        return [int(word, 16) for word in dict.fromkeys(self._addresses())]
+        return sorted({int(line[:16], 16) for line in self._text.split(b"\n") if line})
 
     def after(self, address: int) -> int | None:
         """The first of :meth:`starts` above ``address``; None: there is none."""
-        words = self._addresses()
-        at = bisect_right(words, b"%016x" % address)
-        return int(words[at], 16) if at < len(words) else None
+        # Those that share the leading digits lie nearest; few functions are longer than a page.
+        for digits in (13, 10, 0):
+            above = [found for found in self._beginning(b"%016x" % address, digits) if found > address]
+            if above:
+                return min(above)
+        return None
 
-    def _addresses(self) -> list[bytes]:
-        if self._sorted is None:
-            # as text, with doubles: 160,000 numbers need not be made, and of equal length they sort alike
-            self._sorted = sorted(_ADDRESS.findall(self._text))
-        return self._sorted
+    def _beginning(self, word: bytes, digits: int) -> Iterator[int]:
+        needle = b"\n" + word[:digits]
+        at = self._text.find(needle)
+        while at >= 0 and at + 17 < len(self._text):
+            yield int(self._text[at + 1 : at + 17], 16)
+            at = self._text.find(needle, at + 1)
 
     def _lines(self, needle: bytes) -> Iterator[tuple[int, RunningSymbol]]:
         at = self._text.find(needle)
