@@ -66,7 +66,7 @@ for line in os.fdopen(os.open("/run/ask/in", os.O_RDWR)):
 """
 _START = """
 mkdir -p /run/ask && mkfifo /run/ask/in
-setsid /usr/bin/python3 /root/resident.py </dev/null >/root/resident.log 2>&1 &
+LANGUAGE=C setsid /usr/bin/python3 /root/resident.py </dev/null >/root/resident.log 2>&1 &
 """
 
 
