@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import lz4.block
 import pytest
 import zstandard
 
-from kmend.core.errors import Failed
+from kmend.core.errors import Failed, Unable
 from kmend.kernel import image
 
 BANNER = (
@@ -85,6 +86,19 @@ def test_an_image_cut_short_yields_nothing(name: str, pack: Callable[[bytes], by
     with pytest.raises(Failed) as caught:
         image.extract_vmlinux(whole[: end - (end - 3 * 512) // 3])
     assert caught.value.rule == "no-vmlinux"
+
+
+@pytest.mark.parametrize("package", ["zstandard", "lz4.block"])
+def test_a_decompressor_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    pack = {"zstandard": zstandard.compress, "lz4.block": legacy_lz4}[package]
+    monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
+    with pytest.raises(Unable) as caught:
+        image.extract_vmlinux(bzimage(pack(ELF)))
+    assert caught.value.rule == "missing-tool"
+    assert package.partition(".")[0] in caught.value.why
+    # its magic number by chance in an image that is packed otherwise
+    misled = bytes(16) + image.PACKINGS[4].magic + image.PACKINGS[5].magic + bytes(64)
+    assert image.extract_vmlinux(misled + gzip.compress(ELF))[: len(ELF)] == ELF
 
 
 def test_a_magic_number_by_chance_does_not_mislead() -> None:

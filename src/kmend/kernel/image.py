@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kmend.core.errors import Failed
+from kmend.core.errors import Failed, Unable
 
 ELF_MAGIC = b"\x7fELF"
 PT_NOTE = 4
@@ -67,17 +67,30 @@ def _bzip2(data: bytes) -> bytes:
 
 
 def _zstd(data: bytes) -> bytes:
-    import zstandard  # noqa: PLC0415 - only kernels of newer lines need it
-
+    try:
+        import zstandard  # noqa: PLC0415 - only kernels of newer lines need it
+    except ImportError as error:
+        raise _missing("zstandard") from error
     try:
         return _whole(zstandard.ZstdDecompressor().decompressobj(), data)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
 
 
-def _lz4(data: bytes) -> bytes:
-    import lz4.block  # noqa: PLC0415 - hardly any kernel needs it
+def _missing(package: str) -> Unable:
+    return Unable(
+        "the kernel image cannot be unpacked",
+        why=f"the Python package {package} is missing",
+        next_step=f"apt install python3-{package}, or pip install {package}",
+        rule="missing-tool",
+    )
 
+
+def _lz4(data: bytes) -> bytes:
+    try:
+        import lz4.block  # noqa: PLC0415 - hardly any kernel needs it
+    except ImportError as error:
+        raise _missing("lz4") from error
     out: list[bytes] = []
     at, total = 4, 0
     while at + 4 <= len(data):
@@ -151,16 +164,23 @@ def extract_vmlinux(image: bytes) -> bytes:
 
     Raises:
         Failed: rule ``no-vmlinux``: nothing in the image unpacks to an ELF file.
+        Unable: rule ``missing-tool``: perhaps something would, but no decompressor for it is installed.
     """
     if image.startswith(ELF_MAGIC):
         return image
+    missing: Unable | None = None
     for packing, packed in _candidates(image):
         try:
             vmlinux = packing.unpack(packed)
         except _UNPACK_ERRORS:
             continue
+        except Unable as error:
+            missing = missing or error
+            continue
         if vmlinux.startswith(ELF_MAGIC):
             return vmlinux
+    if missing is not None:
+        raise missing
     raise Failed(
         "no vmlinux was found in the kernel image",
         why=f"nothing in its {len(image)} bytes unpacks to an ELF file "
