@@ -17,7 +17,8 @@ from kmend.core.live import Result
 from kmend.core.progress import Silent
 from kmend.installer import UNIT, Installer
 from kmend.runtime import persistence
-from kmend.runtime.journal import Journal
+from kmend.runtime.journal import Journal, who
+from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.persistence import Store
 from kmend.runtime.place import Place
 
@@ -137,6 +138,20 @@ def test_an_oops_from_before_the_patches_does_not_count(machine: Installer) -> N
     assert machine.healthy().result is Result.DONE
 
 
+def test_a_load_that_was_killed_or_goes_on_is_not_taken_for_done(machine: Installer) -> None:
+    book = Journal(machine.config.state, "this-boot")
+    by = who(machine.place, "kmend load")
+    for name, transition, ended in (("moving", 1, True), ("killed", 0, False), ("settled", 0, True)):
+        folder = machine.place.livepatch / name
+        folder.mkdir()
+        (folder / "enabled").write_text("1\n")
+        (folder / "transition").write_text(f"{transition}\n")
+        action = book.begin("load", name, by, "", {"sha256": f"of {name}"})
+        if ended:
+            action.end("done", "")
+    assert machine._in_force(read_kernel(machine.place)) == {"settled": "of settled"}
+
+
 def test_status_says_how_loading_at_boot_stands(machine: Installer) -> None:
     assert list(boot_text(machine.look())) == []
     store = stored(machine, "a", "b")
@@ -145,7 +160,8 @@ def test_status_says_how_loading_at_boot_stands(machine: Installer) -> None:
     machine.off_file.write_text("")
     text = "\n".join(boot_text(machine.look()))
     assert f"switched off by the file {machine.off_file}" in text
-    assert "LEFT OFF" in text
+    assert "LEFT OFF: the boot of " in text
+    assert "began to load a, b and was never found to be healthy" in text
     document = boot_document(machine.look())
     assert document is not None
     assert (document["guard"], document["trouble"]) == ("tripped", None)
