@@ -6,7 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from klp_guest import FUNCTIONS, MODULES, SYMBOLS, TASKS, Ground, Modules, on_model, random_scenario, shrink
+from klp_guest import (
+    FUNCTIONS,
+    MODULES,
+    SYMBOLS,
+    TASKS,
+    Ground,
+    Modules,
+    ignore_transition,
+    on_model,
+    random_scenario,
+    shrink,
+)
 
 from kmend.core.config import Config
 from kmend.core.target import Target
@@ -26,15 +37,9 @@ from kmend.klp.scenario import (
     Wait,
     Write,
 )
-from kmend.klp.structs import Function, Kernel, Ops, Sleep, Task, Wake
+from kmend.klp.structs import Sleep, Wake
 
 pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
-
-
-def ignore_transition(_k: Kernel, ops: Ops, _current: Task) -> Function | None:
-    """A wrong handler: it takes the top func whatever the task's state."""
-    func = ops.func_stack[0]
-    return None if func.nop else func.new_func
 
 
 #: Seeds among which are some (9, 28, 258, 259) in which a task calls a function while it is unpatched.
