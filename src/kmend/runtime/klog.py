@@ -69,8 +69,11 @@ class KernelLog:
             os.close(self._fd)
             self._fd = -1
 
-    def read(self) -> tuple[Record, ...]:
-        """What came since the last call (at first: everything that the kernel still has)."""
+    def read(self, with_text: bytes = b"") -> tuple[Record, ...]:
+        """What came since the last call (at first: everything that the kernel still has).
+
+        Only records that have ``with_text`` in them: a long log need not be taken apart for a few lines.
+        """
         found = []
         while self._fd >= 0:
             try:
@@ -82,20 +85,22 @@ class KernelLog:
                 break  # EAGAIN: no more; a log that cannot be read has nothing to tell
             if not data:
                 break
+            if with_text not in data:
+                continue
             record = parse_record(data.decode(errors="replace"))
             if record is not None:
                 found.append(record)
         return tuple(found)
 
 
-def read_all(place: Place) -> tuple[Record, ...]:
-    """The whole log.
+def read_all(place: Place, with_text: bytes = b"") -> tuple[Record, ...]:
+    """The whole log, or those of its records that have ``with_text`` in them.
 
     Raises:
         Unable: as :class:`KernelLog`.
     """
     with KernelLog(place) as log:
-        return log.read()
+        return log.read(with_text)
 
 
 def parse_record(text: str) -> Record | None:

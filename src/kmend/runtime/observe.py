@@ -91,7 +91,9 @@ def _records(state: Path, boot: str, notes: list[str]) -> tuple[journal.Record, 
 def _forced(place: Place) -> frozenset[str]:
     """Patches that were forced by hand, as far as the kernel log still has it."""
     try:
-        records = klog.read_all(place)
+        if not any(row.message.text.startswith(_FORCING) for row in klog.read_all(place, _FORCING.encode())):
+            return frozenset()
+        records = klog.read_all(place, b"livepatch: ")
     except Unable:
         return frozenset()
     found, last = set(), ""

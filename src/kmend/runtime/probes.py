@@ -156,12 +156,17 @@ def read_probes(place: Place) -> tuple[Probe, ...] | None:
     return tuple(rows)
 
 
-def read_traceable(place: Place, functions: Iterable[Entry]) -> frozenset[tuple[str, str]] | None:
+def read_traceable(
+    place: Place, functions: Iterable[Entry], table: SymbolTable
+) -> frozenset[tuple[str, str]] | None:
     """Those of ``functions`` that have an ftrace entry, as (object, name as the kernel prints it).
 
     None: not readable. The file has 50,000 lines, so it is searched as text.
     """
-    text = _tracefs(place, "available_filter_functions")
+    name = "available_filter_functions"
+    if name not in table.beside:
+        table.beside[name] = _tracefs(place, name)  # the kernel takes 0.1 s to write it
+    text = table.beside[name]
     if not text:
         return None
     text = f"\n{text}\n"
@@ -217,7 +222,11 @@ def shown_name(table: SymbolTable, symbol: RunningSymbol) -> str:
 
 def look(place: Place, functions: Sequence[Entry], table: SymbolTable) -> Hooks:
     """Hold the entries that a livepatch wants against everybody else's."""
-    traced, probes, traceable = read_traced(place), read_probes(place), read_traceable(place, functions)
+    traced, probes, traceable = (
+        read_traced(place),
+        read_probes(place),
+        read_traceable(place, functions, table),
+    )
     excluded: set[int] = set()
     rows = [
         *_entries(functions, traceable),

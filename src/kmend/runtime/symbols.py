@@ -37,6 +37,8 @@ class SymbolTable:
         if not contents:
             raise Unable(f"{path} is not there", why="the kernel shows no symbols", rule="unreadable")
         self._text = b"\n" + contents.rstrip(b"\n") + b"\n"
+        #: Other long tables of the same moment by their names, for who looks things up in both.
+        self.beside: dict[str, str | None] = {}
         last = self._text[self._text.rfind(b"\n", 0, -1) :]
         first = self._text[1 : self._text.find(b" ")]
         if not first.strip(b"0") and not last.split()[0].strip(b"0"):
