@@ -63,7 +63,7 @@ class SymbolTable:
     def after(self, address: int) -> int | None:
         """The first of :meth:`starts` above ``address``; None: there is none."""
         # Those that share the leading digits lie nearest; few functions are longer than a page.
-        for digits in (13, 10, 0):
+        for digits in (13, 12, 11, 10, 0):
             above = [found for found in self._beginning(b"%016x" % address, digits) if found > address]
             if above:
                 return min(above)
