@@ -9,7 +9,7 @@ returns to user space, a kernel thread only when it sleeps outside of the functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -17,7 +17,7 @@ from kmend.core.live import Blocker, Cause, LivePatch, Phase, Task, Transition
 from kmend.runtime import restart
 from kmend.runtime.frames import Seeker, Watched
 from kmend.runtime.place import Place
-from kmend.runtime.tasks import Sweep, read_task, sweep
+from kmend.runtime.tasks import read_task, sweep
 
 #: ``KLP_UNPATCHED`` and ``KLP_PATCHED`` (include/linux/livepatch.h).
 UNPATCHED, PATCHED = 0, 1
@@ -136,16 +136,24 @@ def look(place: Place, patch: LivePatch, patches: Sequence[LivePatch], limit: in
         target=target,
         tasks=seen.tasks,
         left=len(seen.pending),
-        blockers=explained(place, explainer, seen, limit),
+        blockers=explained(place, explainer, seen.pending[:limit]),
         unreadable=seen.unreadable,
     )
 
 
-def explained(place: Place, explainer: Explainer, seen: Sweep, limit: int) -> tuple[Blocker, ...]:
-    """The first ``limit`` pending tasks of a sweep with their reasons; what has ended is left out."""
+def explained(
+    place: Place,
+    explainer: Explainer,
+    pending: Sequence[tuple[int, int]],
+    brief: Callable[[int], bool] = lambda _tid: False,
+) -> tuple[Blocker, ...]:
+    """These (process, thread) numbers with their reasons; what has ended is left out.
+
+    ``brief`` says of which threads no more is read than :func:`read_task` does then.
+    """
     found = []
-    for pid, tid in seen.pending[:limit]:
-        task = read_task(place, pid, tid)
+    for pid, tid in pending:
+        task = read_task(place, pid, tid, brief=brief(tid))
         if task is not None:
             found.append(explainer.explain(task))
     return tuple(found)

@@ -36,8 +36,8 @@ _SWEEP = 0.2
 _AGAIN = 1.5
 #: Seconds that a task must be left without a patched function seen on its stack before it is woken too.
 _UNEXPLAINED = 3.0
-#: So many tasks are explained at a look while a transition runs.
-_EXPLAINED = 500
+#: So many tasks are read, and then woken, at a time; the first of them are what is told.
+_CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,19 +155,31 @@ class Follower:
         if not seen.pending:
             self._last = None
             return
-        found = blockers.explained(self.place, self._explainer, seen, _EXPLAINED)
-        self._last = Transition(
-            self.name, self.goal, target, seen.tasks, len(seen.pending), found, seen.unreadable
-        )
-        self._first = self._first or self._last
         here = {tid for _, tid in seen.pending}
         for tid in self._first_seen.keys() - here:
             del self._first_seen[tid]
         now = self.clock()
         for tid in here:
             self._first_seen.setdefault(tid, now)
-        if self.patience.wake and self._seconds() >= self.patience.before_waking:
-            self._wake([row for row in found if self._may_wake(row, now)], now)
+        # Reading takes longest: a task that is about to be woken is read in brief, unless waking it has
+        # failed before; at the limit, when what holds the transition up is told, all are read in full.
+        late = self._seconds() >= self.patience.limit
+        waking = self.patience.wake and self._seconds() >= self.patience.before_waking
+        found: tuple[Blocker, ...] = ()
+        for at in range(0, len(seen.pending) if waking else _CHUNK, _CHUNK):
+            rows = blockers.explained(
+                self.place,
+                self._explainer,
+                seen.pending[at : at + _CHUNK],
+                lambda tid: not late and tid not in self.failed,
+            )
+            if waking:
+                self._wake([row for row in rows if self._may_wake(row, now)], now)
+            found = found or rows
+        self._last = Transition(
+            self.name, self.goal, target, seen.tasks, len(seen.pending), found, seen.unreadable
+        )
+        self._first = self._first or self._last
 
     def _may_wake(self, row: Blocker, now: float) -> bool:
         tid = row.task.tid
