@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import shutil
 import subprocess
@@ -127,6 +128,42 @@ def test_every_shell_script_can_be_read() -> None:
         assert path.stat().st_mode & 0o111, path
 
 
+def dynamic(library: Path) -> str:
+    """What readelf says of a library's dynamic section."""
+    return subprocess.run(["readelf", "-dW", library], capture_output=True, check=True).stdout.decode()
+
+
+@pytest.mark.parametrize("tags", ["new", "old"])
+def test_a_library_loses_its_search_path_and_nothing_else(tmp_path: Path, tags: str) -> None:
+    source, library = tmp_path / "x.c", tmp_path / "x.so"
+    source.write_text("int answer(void) { return 42; }\n")
+    flags = (
+        f"-shared -fPIC -Wl,-rpath,/nowhere,--{'enable' if tags == 'new' else 'disable'}-new-dtags".split()
+    )
+    subprocess.run(["gcc", *flags, "-o", library, source], check=True)
+    before = dynamic(library)
+    assert ("RUNPATH" if tags == "new" else "RPATH") in before
+    build = script("build_deb")
+    library.write_bytes(build.without_search_path(library.read_bytes()))
+    after = dynamic(library)
+    assert "PATH" not in after
+    kept = [line.split()[1] for line in before.splitlines()[3:] if "PATH" not in line]
+    assert [line.split()[1] for line in after.splitlines()[3:]] == kept
+    assert ctypes.CDLL(str(library)).answer() == 42
+    with pytest.raises(ValueError, match="ELF64"):
+        build.without_search_path(b"\x7fELF\x01\x01")
+
+
+def test_the_changelog_speaks_of_this_version() -> None:
+    assert script("build_deb").version_of_changelog() == __version__
+
+
+def test_what_every_debian_has_is_not_asked_for() -> None:
+    names = script("build_deb").recommended().split(", ")
+    assert "gcc-12" in names
+    assert not {"dpkg", "git", "python3-venv"} & set(names)
+
+
 def test_the_packaged_command_runs_from_its_own_folder_alone(tmp_path: Path, generated: Path) -> None:
     """With the system's own interpreter settings switched off, as it is installed."""
     build = script("build_deb")
@@ -143,6 +180,12 @@ def test_the_packaged_command_runs_from_its_own_folder_alone(tmp_path: Path, gen
         "usr/share/doc/kmend/docs/boot.md",
     } <= listed
     assert not [name for name in listed if name.endswith(".pyc")]
+    # nothing of other architectures, nothing that looks for libraries where this machine has them
+    assert not [name for name in listed if "elf_tests" in name]
+    libraries = [name for name in listed if name.endswith(".so")]
+    assert len(libraries) > 5
+    for name in libraries:
+        assert "PATH" not in dynamic(tmp_path / name), name
     command = tmp_path / "usr/bin/kmend"
     command.write_text(command.read_text().replace("/usr/lib/kmend", str(tmp_path / build.LIBRARY)))
     for words, want in (
