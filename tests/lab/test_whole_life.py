@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -93,6 +94,15 @@ def traces(root: Root) -> list[str]:
     """Everything on the disk that has kmend in its name, outside of root's home."""
     done = root.run("find / -xdev -path /root -prune -o -path /proc -prune -o -name '*kmend*' -print")
     return sorted(done.text.split())
+
+
+def test_lintian_has_nothing_to_say(package: Path) -> None:
+    """But what ``packaging/lintian-overrides`` gives a reason for."""
+    if bookworm.which("lintian") is None:
+        pytest.skip("no lintian on this machine: apt-get install lintian")
+    root = ["--allow-root"] if os.geteuid() == 0 else []
+    done = run(["lintian", *root, "--tag-display-limit", "0", package], check=False, timeout=600)
+    assert (done.status, done.text) == (0, "")
 
 
 def test_the_package_comes_and_goes_in_a_bare_root(config: Config, scratch: Path, package: Path) -> None:
