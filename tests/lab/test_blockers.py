@@ -1,0 +1,119 @@
+"""What holds a transition up is named rightly: each kind of task, in guests of stock kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import inside
+import pytest
+import sleeping
+import waiting
+
+from kmend.core.config import Config
+from kmend.core.target import Target
+from kmend.lab.guest import Guest
+from kmend.lab.kernel import LabKernel
+
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
+
+THREADS = 5000
+
+
+@pytest.fixture(scope="module", params=["target_56", "target_612"], ids=["6.1", "6.12"])
+def machine(
+    request: pytest.FixtureRequest, config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guest]:
+    target: Target = request.getfixturevalue(request.param)
+    folder = tmp_path_factory.mktemp("blockers")
+    modules = {"blockers": sleeping.built(target, "blockers", folder), **waiting.hall(target, folder)}
+    with Guest.of(LabKernel.of(target), config.lab) as running:
+        waiting.settle(running, sleeping.compiled("idle", folder), modules)
+        yield running
+
+
+@pytest.fixture
+def guest(machine: Guest) -> Iterator[Guest]:
+    """One test's tasks are not the next one's."""
+    yield machine
+    machine.run(waiting.END)
+    machine.run("echo open >/proc/hall; kmend unload --all; rmmod hall 2>/dev/null", timeout=200)
+
+
+def test_user_tasks(guest: Guest) -> None:
+    """A sleeper, a vfork parent, one that is stopped, traced, frozen, or in another PID namespace."""
+    tasks = waiting.pids(guest.run(waiting.START, check=True).text)
+    loaded = inside.ask(guest, "load", "/root/blockers.ko", "--no-wait", timeout=200)
+    assert loaded.status == 0, loaded.errors
+    found = waiting.blockers(guest)
+    shown = {name: found[pid].short for name, pid in tasks.items() if pid in found}
+    assert shown == {
+        "sleeper": ("in-function", "hrtimer_nanosleep", True),
+        "tracer": ("in-function", "hrtimer_nanosleep", True),
+        "inner": ("in-function", "hrtimer_nanosleep", True),
+        "vfork": ("vfork-parent", "kernel_clone", False),
+        "stopped": ("stopped", "get_signal", False),
+        "traced": ("traced", "get_signal", False),
+        "frozen": ("frozen", "get_signal", False),
+    }
+    inner = found[tasks["inner"]].row
+    assert inner["pids"] == [tasks["inner"], 1]
+    assert f"its vfork child {tasks['vforked']} calls exec" in found[tasks["vfork"]].row["why"]
+    assert f"traced by process {tasks['tracer']}, which has stopped it" in found[tasks["traced"]].row["why"]
+    assert found[tasks["stopped"]].row["remedy"] == f"kill -CONT {tasks['stopped']} lets it go on"
+    assert "thaw" in found[tasks["frozen"]].row["remedy"]
+    text = inside.ask(guest, "blockers").text
+    assert f"{tasks['inner']} (sleep, 1 in its namespace)" in text or tasks["inner"] not in found
+    assert f"{tasks['stopped']} (sleep) is stopped inside get_signal()" in text
+
+    # the rest can be woken; those four hold it up, are named, and the patch is taken back
+    action = sleeping.act(guest, "load", "/root/blockers.ko", "--wait", "5")
+    assert (action["status"], action["result"]) == (1, "reversed")
+    (refused,) = action["refused"]
+    assert refused["rule"] == "transition-stalled"
+    left = {row["tid"]: row["cause"] for row in action["transitions"][0]["left"]["blockers"]}
+    assert left == {
+        tasks["vfork"]: "vfork-parent",
+        tasks["stopped"]: "stopped",
+        tasks["traced"]: "traced",
+        tasks["frozen"]: "frozen",
+    }
+    assert guest.run("ls /sys/kernel/livepatch").text == ""
+
+
+def test_kernel_side(guest: Guest) -> None:
+    """Uninterruptible sleep, a kernel thread in a patched function, and one that only computes."""
+    text = guest.run(
+        "insmod /root/hall.ko; exec 3>&1 >/dev/null 2>&1 </dev/null\n"
+        'for how in wait hard spin; do sh -c "echo $how >/proc/hall" & echo $how $! >&3; done; sleep 1',
+        check=True,
+    ).text
+    tasks = waiting.pids(text)
+    tasks["kthread"] = int(guest.run("pidof '[kmend-hall]' || pgrep kmend-hall", check=True).text.split()[0])
+    loaded = inside.ask(guest, "load", "/root/hall_patch.ko", "--no-wait", timeout=200)
+    assert loaded.status == 0, loaded.errors
+    found = waiting.blockers(guest)
+    assert {name: found[pid].row["cause"] for name, pid in tasks.items()} == {
+        "wait": "in-function",
+        "hard": "uninterruptible",
+        "spin": "running",
+        "kthread": "kthread",
+    }
+    for name in ("wait", "hard", "kthread"):
+        assert (found[tasks[name]].row["function"], found[tasks[name]].row["object"]) == ("hall_wait", "hall")
+    assert [name for name, pid in tasks.items() if found[pid].row["wakeable"]] == ["wait"]
+    assert found[tasks["kthread"]].row["name"] == "kmend-hall"
+    assert "no signal reaches it" in found[tasks["hard"]].row["remedy"]
+
+
+def test_a_process_of_many_threads(guest: Guest) -> None:
+    """All asleep in the function: looking at them is bearable, and waking them ends it at once."""
+    transition, seconds, memory = waiting.blockers_of_many(guest, THREADS)
+    print(f"kmend blockers with {THREADS} threads: {seconds:.1f} s, {memory:.0f} MB")
+    assert transition["left"] >= THREADS
+    causes = {row["cause"] for row in transition["blockers"] if row["name"] == "threads"}
+    assert causes == {"in-function"}
+    assert memory < 100
+    assert seconds < 30  # under emulation, on a machine that does other things
+    action = sleeping.act(guest, "load", "/root/blockers.ko")
+    assert action["result"] == "done", action["why"]
+    print(f"woken and switched in {action['transitions'][0]['seconds']:.1f} s")
