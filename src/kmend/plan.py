@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from kmend.core.config import Config
 from kmend.core.errors import KmendError, Refusal
 from kmend.core.kmsg import KernelMessage
-from kmend.core.live import Check, LiveFunction, LiveObject, LivePatch, Phase, tasks
+from kmend.core.live import Cause, Check, LiveFunction, LiveObject, LivePatch, Phase, tasks
 from kmend.core.plan import (
     Forecast,
     FuncStack,
@@ -441,7 +441,8 @@ class Model:
             if row.leaves is Leaves.ITSELF:
                 continue
             task = Task(row.blocker.task.tid, row.blocker.task.name)
-            signal = row.leaves is Leaves.SIGNAL
+            # the kernel's own signals never free a task in io_uring_enter()
+            signal = row.leaves is Leaves.SIGNAL and (wake or row.blocker.cause is not Cause.IO_URING)
             task.kind = Kind.KTHREAD if row.blocker.task.kthread else Kind.USER
             task.sleep = Sleep.INTERRUPTIBLE if signal else Sleep.UNINTERRUPTIBLE
             task.wake = Wake.RETURN if signal else Wake.STAY

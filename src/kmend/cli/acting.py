@@ -56,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interrupt-io-uring",
         action="store_true",
-        help="interrupt also tasks in io_uring_enter(), which then returns EINTR",
+        help="interrupt also tasks in io_uring_enter(), even where its call then returns early",
     )
     add_report(parser)
 

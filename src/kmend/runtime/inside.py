@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from kmend.core.live import Cause, LivePatch, Task
+from kmend.core.live import Blocker, Cause, LivePatch, Task
 from kmend.core.plan import Inside, Leaves, Look
 from kmend.runtime.blockers import Explainer
 from kmend.runtime.frames import Seeker, Watched
@@ -134,17 +134,20 @@ def _judged(
     left = trace.seen[-1] < number - 1 or any(
         b - a > 1 for a, b in zip(trace.seen, trace.seen[1:], strict=False)
     )
-    leaves = Leaves.ITSELF if left else _leaves(trace.task, blocker.cause, at)
+    leaves = Leaves.ITSELF if left else _leaves(blocker, at)
     return Inside(blocker, len(trace.seen), leaves, certain)
 
 
-def _leaves(task: Task, cause: Cause, at: int) -> Leaves:
+def _leaves(blocker: Blocker, at: int) -> Leaves:
     """For a task that was still inside at the last look; ``at`` is the frame's place in its stack."""
+    task = blocker.task
     below = [frame.function for frame in (task.stack or ())[at + 1 :]]
     if task.kthread:
         return Leaves.NEVER if below[:1] and below[0] in _BELOW_MAIN else Leaves.EVENT
-    match cause:
+    match blocker.cause:
         case Cause.IN_FUNCTION:
+            return Leaves.SIGNAL
+        case Cause.IO_URING if blocker.wakeable:  # by kmend, not by the kernel's own signals
             return Leaves.SIGNAL
         case Cause.RUNNING:
             return Leaves.ITSELF
