@@ -54,7 +54,7 @@ class Kernel:
 
     def undisturbed(self) -> Results:
         """What the calls return when nothing happens."""
-        return sleeping.asleep(self.guest, 5).release()
+        return sleeping.asleep(self.guest, 20).release()
 
     def transition(self, who: str, verb: str, *flags: str) -> None:
         """Fresh sleepers, one transition, and how they end."""
