@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import shlex
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,23 @@ PYTHONPATH={PLACE} exec /usr/bin/python3 -m kmend "$@"
 """
 
 
-def settle(guest: Guest) -> None:
-    """Bring kmend's code into the guest."""
+#: What the views import beside kmend: the guest's own Python has none of it.
+VIEWS = ("rich", "markdown-it-py", "mdurl", "jinja2", "markupsafe")
+
+
+def settle(guest: Guest, libraries: Iterable[str] = ()) -> None:
+    """Bring kmend's code into the guest, and these distributions of the host's environment."""
     root = Path(kmend.__file__).parent
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for path in sorted(root.rglob("*")):
-            if path.suffix in (".py", ".txt", ".h", ".c"):
+            if path.suffix in (".py", ".txt", ".h", ".c", ".html"):
                 archive.add(path, f"kmend/{path.relative_to(root)}", recursive=False)
+        for name in libraries:
+            for file in importlib.metadata.distribution(name).files or ():
+                place = Path(str(file.locate()))
+                if ".." not in file.parts and "__pycache__" not in file.parts and place.is_file():
+                    archive.add(place, str(file))
     guest.run(f"mkdir -p {PLACE} && tar -C {PLACE} -xf -", stdin=out.getvalue(), check=True)
     guest.put("/usr/local/bin/kmend", _COMMAND.encode(), 0o755)
 

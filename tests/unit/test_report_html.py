@@ -124,7 +124,7 @@ def test_everything_is_in_it() -> None:
         "done fix is in force",
         "admin: kmend load",
         "6.1.0 #1, build id abababababab…",
-        "taint 4096 (O)",
+        "taint 4096 (O): O a module built outside",
         "sha256 00ff",
         "mentions CVE-2024-1234",
         "patching: complete after 1.5 s",

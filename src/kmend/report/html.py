@@ -105,7 +105,10 @@ def _lines(text: str) -> str:
 
 
 def _action(occasion: Occasion, report: ActionReport, build: BuildReport | None) -> Action:
-    fields = [(key, value) for key, value in report.note.items() if value and key not in ("cves", "patch")]
+    note = report.note
+    fields = [(key, note[key]) for key in ("title", "origin") if note.get(key)]
+    if note:
+        fields.append(("built", f"by kmend {note.get('kmend', '?')} for {note.get('kernel', '?')}"))
     cves = live.cves_of(report.note) or live.cves_of({"cves": list(build.cves) if build else []})
     return Action(
         report=report,

@@ -161,7 +161,8 @@ def kernel_text(kernel: KernelState) -> Iterator[str]:
     yield f"{kernel.release} {kernel.version}{build}"
     if kernel.taint:
         letters = "".join(flag.letter for flag in kernel.taints)
-        yield f"  taint {kernel.taint} ({letters}): " + "; ".join(flag.meaning for flag in kernel.taints)
+        yield f"  taint {kernel.taint} ({letters}):"
+        yield from (f"    {flag.letter}  {flag.meaning}" for flag in kernel.taints)
     limits = []
     if kernel.signatures_enforced:
         limits.append("modules must be signed")

@@ -331,7 +331,7 @@ def _tasks(view: View, row: Transition, history: History, room: int, selected: i
             task.state,
             f"{history.seen(one):.0f} s",
             Text(printable(f"{one.function}()") if one.function else one.cause.value),
-            Text(about, style=style),
+            Text(about, style="" if at == selected else style),
             style="reverse" if at == selected else "",
         )
     return table
@@ -382,11 +382,7 @@ def _still(view: View, history: History, width: int, height: int) -> list[tuple[
         rows.append((_panel(_stack(view, patches), "livepatches, top first"), len(patches) + 3))
     else:
         rows.append((_panel(Text("no livepatch is loaded", style=_DIM), "livepatches"), 3))
-    kernel = list(live.kernel_text(view.kernel))
-    taints = [f"{flag.letter}  {flag.meaning}" for flag in view.kernel.taints]
-    lines = [Text(printable(kernel[0]))]
-    lines += [Text(printable(line.strip())) for line in kernel[1:] if not line.strip().startswith("taint ")]
-    lines += [Text.assemble(("taint ", _DIM), printable(line)) for line in taints]
+    lines = [Text(printable(line)) for line in live.kernel_text(view.kernel)]
     rows.append((_panel(Group(*lines), "kernel"), _heights(lines, width)))
     troubles = [Text(printable(line), style=_WARN) for line in view.troubles]
     if troubles:
