@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from kmend.runtime.place import Place
 from kmend.runtime.preflight import ModuleFile, Wanted
 
 if TYPE_CHECKING:
+    from kmend.module.layout import Layout
     from kmend.view import TargetView
 
 #: The unit that loads at boot; the Debian package brings it.
@@ -60,6 +61,15 @@ class _Candidate:
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         return tuple(row.refusal for row in self.checks if row.refusal is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """A patch of the installed names that the kernel has; ``sha256`` is '' when kmend did not load it."""
+
+    sha256: str
+    replace: bool
+    settled: bool
 
 
 class Installer:
@@ -173,7 +183,8 @@ class Installer:
                 problem = f"the target {release} in the cache is another build than the module's kernel"
         except KmendError as error:
             problem = error.what
-        module = plain if view is None else _described(plain, data, view)
+        layout = view.layout if view is not None else self._own_layout() if running else None
+        module = plain if layout is None else _described(plain, data, layout)
         checks: list[Check] = []
         warnings: list[Refusal] = []
         if running:
@@ -199,6 +210,15 @@ class Installer:
         return _Candidate(
             path, data, module, _report_beside(path, module.sha256), tuple(checks), tuple(warnings)
         )
+
+    def _own_layout(self) -> Layout | None:
+        """How the running kernel lays its livepatch structures out, by its own BTF."""
+        from kmend import running
+
+        try:
+            return running.layout(self.place)
+        except KmendError:
+            return None
 
     def _enable_unit(self) -> list[Refusal]:
         """Have systemd start the unit at boot. Comes first: without patches the unit does nothing."""
@@ -300,18 +320,29 @@ class Installer:
         except KmendError as error:
             self._wrote("load", ["--all"], "", kernel, {}, error)
             raise
-        there = self._in_force(kernel)
+        here = self._here(kernel)
         rows = found.store.wanted
-        missing = [row for row in rows if not _is_there(row, there)]
+        passed = [row for row in found.store.patches if row not in rows]
+        reports = [_superseded(row, rows[0].name) for row in passed]
+        # a cumulative patch of which the index does not know that it is one
+        replacing = [at for at, row in enumerate(rows) if _is_here(row, here) and here[row.name].replace]
+        over = max(replacing, default=0)
+        reports += [_superseded(row, rows[over].name) for row in rows[:over]]
+        rows = rows[over:]
+        missing = [row for row in rows if not (_is_here(row, here) and here[row.name].settled)]
         if boot and missing and found.guard is Guard.CLEAR:
             with journal.acting(self.place, "load --all"):
                 persistence.arm(found.store, kernel.boot_id, kernel.taint or 0)
-        reports = [_superseded(row, rows[0]) for row in found.store.patches if row not in rows]
-        for row in rows:
-            if row in missing:
-                reports.append(self._load(found.store, row, following))
-            else:
+        done = 0
+        for at, row in enumerate(rows):
+            later = next((one for one in rows[at + 1 :] if _is_here(one, here)), None)
+            if row not in missing:
                 reports.append(ActionReport("load", row.name, Result.DONE, f"{row.name} is in force already"))
+            elif later is not None and not _is_here(row, here):
+                reports.append(_out_of_order(row, later))
+            else:
+                reports.append(self._load(found.store, row, following))
+            done += 1
             if reports[-1].result not in (Result.DONE, Result.PENDING):
                 break
         else:
@@ -319,7 +350,7 @@ class Installer:
                 # only now: loading itself may be what ended the former boot
                 persistence.disarm(self.config.state, found.release)
                 self._wrote("load", ["--all"], "loaded again after a boot that never got healthy", kernel, {})
-        left = rows[len(reports) - (len(found.store.patches) - len(rows)) :]
+        left = rows[done:]
         if left:
             names = ", ".join(row.name for row in left)
             reports[-1] = replace(
@@ -361,11 +392,9 @@ class Installer:
         except KmendError as error:
             return ActionReport("load", row.name, Result.REFUSED, error.what, refused=error.reasons)
 
-    def _in_force(self, kernel: KernelState) -> dict[str, str]:
-        """The patches that are in force, with the digest of the file that kmend loaded ('' unknown).
-
-        One whose transition goes on, or whose load was killed, is not: loading it again brings it to its end.
-        """
+    def _here(self, kernel: KernelState) -> dict[str, _Here]:
+        """The patches that the kernel has. One whose transition goes on, or whose load was killed, is not
+        settled: loading it again brings it to its end."""
         try:
             records = Journal(self.config.state, kernel.boot_id).records()
         except KmendError:
@@ -373,9 +402,12 @@ class Installer:
         loads = journal.loads(records, kernel.boot_id)
         begun = {row.patch for row in journal.unfinished(records, kernel.boot_id)}
         return {
-            patch.name: str(loads[patch.name].detail.get("sha256", "")) if patch.name in loads else ""
-            for patch in read_patches(self.place)
-            if patch.phase is Phase.ENABLED and patch.name not in begun
+            patch.name: _Here(
+                sha256=str(loads[patch.name].detail.get("sha256", "")) if patch.name in loads else "",
+                replace=patch.replace is True,
+                settled=patch.phase is Phase.ENABLED and patch.name not in begun,
+            )
+            for patch in read_patches(self.place, journal.replacing(records, kernel.boot_id))
         }
 
     def _last_words(self, found: Persistence) -> str:
@@ -462,17 +494,17 @@ def _chosen(store: Store, names: Sequence[str]) -> list[str]:
     return gone
 
 
-def _is_there(row: Installed, there: dict[str, str]) -> bool:
-    """Whether this very file is in force. Of a patch that was loaded by hand nobody knows; the name tells."""
-    return row.name in there and there[row.name] in ("", row.sha256)
+def _is_here(row: Installed, here: Mapping[str, _Here]) -> bool:
+    """Whether the kernel has this very file. Of one that was loaded by hand nobody knows; the name tells."""
+    return row.name in here and here[row.name].sha256 in ("", row.sha256)
 
 
-def _described(module: ModuleFile, data: bytes, view: TargetView) -> ModuleFile:
+def _described(module: ModuleFile, data: bytes, layout: Layout) -> ModuleFile:
     """What the module's descriptors say, read with the layout of the target's own structures."""
     from kmend.elf.reader import read
     from kmend.module.describe import describe
 
-    found = describe(read(data, module.path), view.layout, module.path)
+    found = describe(read(data, module.path), layout, module.path)
     if found.objects is None:
         return module
     wanted = tuple(Wanted(o.name, f.old_name, f.sympos) for o in found.objects for f in o.funcs)
@@ -565,13 +597,23 @@ def _not_installed(row: _Candidate, all_rows: Sequence[_Candidate]) -> ActionRep
     )
 
 
-def _superseded(row: Installed, by: Installed) -> ActionReport:
+def _superseded(row: Installed, by: str) -> ActionReport:
     return ActionReport(
         "load",
         row.name,
         Result.DONE,
-        f"{row.name} is not loaded: {by.name}, which comes later, is cumulative",
+        f"{row.name} is not loaded: {by}, which comes later, is cumulative",
     )
+
+
+def _out_of_order(row: Installed, later: Installed) -> ActionReport:
+    refusal = Refusal(
+        "out-of-order",
+        f"{row.name} was not loaded: {later.name}, which comes after it, is loaded already",
+        "the patch that is loaded last has the word: where both replace a function, the older code would win",
+        f"kmend unload {later.name}, then kmend load --all; or kmend uninstall {row.name}",
+    )
+    return ActionReport("load", row.name, Result.REFUSED, refusal.what, refused=(refusal,))
 
 
 def _off(by: str) -> Refusal:

@@ -16,7 +16,8 @@ from kmend.core.errors import Refused, UsageError
 from kmend.core.live import Result
 from kmend.core.progress import Silent
 from kmend.installer import UNIT, Installer
-from kmend.runtime import persistence
+from kmend.manager import Following
+from kmend.runtime import act, persistence
 from kmend.runtime.journal import Journal, who
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.persistence import Store
@@ -149,7 +150,35 @@ def test_a_load_that_was_killed_or_goes_on_is_not_taken_for_done(machine: Instal
         action = book.begin("load", name, by, "", {"sha256": f"of {name}"})
         if ended:
             action.end("done", "")
-    assert machine._in_force(read_kernel(machine.place)) == {"settled": "of settled"}
+    here = machine._here(read_kernel(machine.place))
+    assert {name: row.settled for name, row in here.items()} == {
+        "moving": False,
+        "killed": False,
+        "settled": True,
+    }
+    assert here["settled"].sha256 == "of settled"
+
+
+def test_what_comes_after_it_already_keeps_an_installed_patch_from_being_loaded(
+    machine: Installer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`a` was unloaded, or a cumulative `b` has replaced it: loading it now would put it on top of `b`."""
+    monkeypatch.setattr(act, "require_power", lambda *_: None)
+    monkeypatch.setattr(persistence, "require_safe", lambda _store: None)
+    stored(machine, "a", "b")
+    folder = machine.place.livepatch / "b"
+    folder.mkdir()
+    (folder / "enabled").write_text("1\n")
+    (folder / "transition").write_text("0\n")
+    (report,) = machine.load_all(Following())
+    assert [row.rule for row in report.refused] == ["out-of-order"]
+    assert "b" in report.next_step
+    (folder / "replace").write_text("1\n")
+    reports = machine.load_all(Following())
+    assert [(row.patch, row.result, row.why) for row in reports] == [
+        ("a", Result.DONE, "a is not loaded: b, which comes later, is cumulative"),
+        ("b", Result.DONE, "b is in force already"),
+    ]
 
 
 def test_status_says_how_loading_at_boot_stands(machine: Installer) -> None:
