@@ -1,0 +1,71 @@
+"""What `kmend blockers` costs with 5,000 threads asleep in a patched function, and how they are woken.
+
+    .venv/bin/python bench/bench_blockers.py [THREADS] [RELEASE...]      (default: 5000, 6.1 and 6.12)
+
+In a guest of each kernel. Seconds and memory are those of `kmend blockers --json`, Python's start included;
+then `kmend load` goes on with the same transition and wakes the threads: seconds until the last has switched.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests/lab"))
+
+import sleeping  # noqa: E402 - the path above makes it importable
+import waiting  # noqa: E402 - as above
+
+from kmend.core import config  # noqa: E402 - as above
+from kmend.core.progress import Silent  # noqa: E402 - as above
+from kmend.core.target import Release  # noqa: E402 - as above
+from kmend.kernel.store import fetch  # noqa: E402 - as above
+from kmend.lab.guest import Guest  # noqa: E402 - as above
+from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
+from measure import show  # noqa: E402 - as above
+
+RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
+#: MB that `kmend blockers` may take.
+LIMIT = 100
+
+
+def main() -> int:
+    """Each kernel in turn."""
+    words = sys.argv[1:]
+    number = int(words.pop(0)) if words and words[0].isdigit() else 5000
+    settings, rows, good = config.load(), [], True
+    with tempfile.TemporaryDirectory(prefix="kmend-bench-blockers-") as scratch:
+        program = sleeping.compiled("idle", Path(scratch))
+        for release in words or RELEASES:
+            target = fetch(settings, Release(release), Silent())
+            module = sleeping.built(target, "blockers", Path(scratch) / release)
+            with Guest.of(LabKernel.of(target), settings.lab) as guest:
+                waiting.settle(guest, program, {"blockers": module})
+                seen, seconds, memory = waiting.blockers_of_many(guest, number)
+                action = sleeping.act(guest, "load", "/root/blockers.ko")
+                (transition,) = action["transitions"]
+                good &= memory < LIMIT and action["result"] == "done" and seen["left"] >= number
+                rows.append(
+                    [
+                        release,
+                        str(seen["left"]),
+                        str(len(seen["blockers"])),
+                        f"{seconds:.1f}",
+                        f"{memory:.0f}",
+                        f"{transition['seconds']:.1f}",
+                        str(len(transition["woken"])),
+                    ]
+                )
+    show(
+        f"kmend blockers --json, {number} threads asleep in a patched function",
+        ("kernel", "tasks left", "read in full", "s", "MB", "woken and switched, s", "woken"),
+        rows,
+        [f"limit of memory: {LIMIT} MB"],
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
