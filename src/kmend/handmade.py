@@ -36,6 +36,7 @@ from kmend.pairs import include_flags
 from kmend.product import (
     Signing,
     concluded,
+    cve_names,
     frame,
     modinfo_of,
     module_name,
@@ -153,6 +154,8 @@ class _HandBuild:
         self.target, self.config = target, config
         self.progress, self.timings = progress, timings
         self.warnings: list[Refusal] = []
+        self.cves: tuple[str, ...] = ()
+        self.digest = ""
 
     def run(self) -> BuildReport:
         measure = self.timings.measure
@@ -351,7 +354,8 @@ class _HandBuild:
         self.warnings += base.warnings
         name, title = self.sources.name, self.descriptor.description
         made_from = b"".join((self.sources.folder / f).read_bytes() for f in self.sources.files)
-        digest = hashlib.sha256(made_from).hexdigest()
+        self.digest = digest = hashlib.sha256(made_from).hexdigest()
+        self.cves = cve_names(made_from, title)
         info = modinfo_of(self.target, name, digest=digest)
         if title:
             info = (("description", one_line(title)), *info)
@@ -360,7 +364,7 @@ class _HandBuild:
                 name,
                 self.descriptor.replace,
                 info,
-                note(self.target, name, title=title, origin="by hand", digest=digest),
+                note(self.target, name, title=title, origin="by hand", digest=digest, cves=self.cves),
                 base.forget,
             ),
             units,
@@ -397,6 +401,8 @@ class _HandBuild:
             self.request.signing,
             objects=tuple(rows),
             warnings=self.warnings,
+            cves=self.cves,
+            digest=self.digest,
         )
 
 
