@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,8 @@ from kmend.core.live import (
 )
 from kmend.core.progress import Progress
 from kmend.core.target import Release
-from kmend.runtime import act, blockers, journal, klog, preflight
+from kmend.runtime import act, blockers, callbacks, journal, klog, preflight
+from kmend.runtime.callbacks import Called
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.journal import Action, Journal
 from kmend.runtime.observe import Seen, observe
@@ -97,6 +99,7 @@ class _Run:
     patch: str
     action: Action
     log: klog.KernelLog | None
+    called: Called
     began: float
     steps: list[Step] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
@@ -229,6 +232,7 @@ class Manager:
             if module.wanted is None
             else [f"{row.object}:{row.name},{row.sympos}" for row in module.wanted],
             "not_checked": [row.name for row in checks if row.passed is None],
+            "callbacks": _callbacks(examined.description),
             **_terms(following),
         }
 
@@ -241,6 +245,7 @@ class Manager:
             before = {row.name for row in seen.patches}
             act.insert(module.name, fd, parameters, run.messages)
             run.step("the kernel took the module")
+            run.called.begins(Phase.PATCHING)
             return self._patched(run, following, before)
 
         return self._perform("load", module.name, f"from {path}", detail, seen, work)
@@ -339,7 +344,20 @@ class Manager:
             if row.phase is Phase.LEFT and (row.name in run.replaced or _unused(row)) and not row.forced:
                 self._remove_quietly(run, row.name)
         took = run.followed[-1].seconds if run.followed else 0.0
-        return self._report(run, Result.DONE, f"{run.patch} is in force; the transition took {took:.1f} s")
+        why = f"{run.patch} is in force; the transition took {took:.1f} s"
+        return self._report(run, Result.DONE, why, self._way_back(run, seen.kernel.boot_id))
+
+    def _way_back(self, run: _Run, boot: str) -> str:
+        """How to return to the patches that this one replaced, where their files are still what they were."""
+        loads = journal.loads(_records(self._journal(boot)), boot)
+        former = sorted((loads[name] for name in run.replaced if name in loads), key=lambda row: row.time)
+        files = [shlex.quote(str(row.detail.get("file", ""))) for row in former if _is_still(row)]
+        if not files or len(files) < len(run.replaced):
+            return ""
+        if former[0].detail.get("replace") is True:  # it replaces this one in its turn
+            return f"to go back to {former[0].patch}: kmend load {' '.join(files)}"
+        names = ", ".join(row.patch for row in former)
+        return f"to go back to {names}: kmend unload {run.patch} && kmend load {' '.join(files)}"
 
     def _remove_quietly(self, run: _Run, name: str) -> None:
         try:
@@ -386,6 +404,8 @@ class Manager:
                     turned = patch.phase is Phase.PATCHING
                     if act.set_enabled(self.place, name, False, run.messages):
                         run.step("turned its transition round" if turned else "disabled it")
+                        if not turned:
+                            run.called.begins(Phase.UNPATCHING)
                     else:
                         run.step("somebody else has taken it back meanwhile")
                 if patch.phase.moving or patch.phase is Phase.ENABLED:
@@ -435,7 +455,9 @@ class Manager:
                     if not act.set_enabled(self.place, name, True, run.messages):
                         return self._report(run, Result.FAILED, f"{name} was gone before it could be turned")
                     run.step("turned its transition round" if patch.phase.moving else "enabled it")
-                return self._patched(run, following, set())
+                    if not patch.phase.moving:
+                        run.called.begins(Phase.PATCHING)
+                return self._patched(run, following, {row.name for row in seen.patches})
 
             return self._perform("enable", name, f"it is {patch.phase.value}", _terms(following), seen, work)
 
@@ -477,6 +499,7 @@ class Manager:
                 run.followed[-1] = replace(found, last=seen.transition)
                 if found.end is not End.COMPLETE:
                     return self._report(run, Result.STALLED, f"{name} was forced, but has not ended yet")
+                run.called.ends(patch.phase)
                 return self._report(run, Result.DONE, f"{name} was forced: {_forced_words(patch)}")
 
             return self._perform("force", name, f"{tasks(left)} left", {}, seen, work)
@@ -532,6 +555,7 @@ class Manager:
             match found.end:
                 case End.COMPLETE:
                     run.step(f"{goal.value} is complete after {found.seconds:.1f} s")
+                    run.called.ends(goal)
                     return None
                 case End.REVERSED:
                     report = self._turned_round(run, goal, following)
@@ -588,6 +612,7 @@ class Manager:
                 return replace(report, refused=(refusal, _stalled(run.patch, back, found)))
             case End.COMPLETE:
                 run.step(f"{back.value} is complete after {found.seconds:.1f} s")
+                run.called.ends(back)
                 return self._interfered(run, refusal)
             case End.GONE:
                 return self._interfered(run, _taken_away(run.patch))
@@ -612,6 +637,7 @@ class Manager:
                 refused=(refusal, _stalled(run.patch, back, found)),
             )
         run.step(f"{back.value} is complete after {found.seconds:.1f} s")
+        run.called.ends(back)
         if back is Phase.PATCHING:
             why = f"{run.patch} could not be taken back, and is in force as before"
         else:
@@ -651,7 +677,10 @@ class Manager:
             log: klog.KernelLog | None = klog.KernelLog(self.place, new_only=True)
         except Unable:
             log = None
-        run = _Run(verb, name, action, log, time.monotonic())
+        earlier = journal.loads(_records(book), boot).get(name)
+        known = detail if "callbacks" in detail or earlier is None else earlier.detail
+        called = Called(self.place, callbacks.parsed(known.get("callbacks")))
+        run = _Run(verb, name, action, log, called, time.monotonic())
         there = seen.named(name)
         run.note = there.module.note if there is not None and there.module is not None else {}
         try:
@@ -680,6 +709,7 @@ class Manager:
             steps=tuple(run.steps),
             followed=tuple(run.followed),
             replaced=run.replaced,
+            callbacks=run.called.told(),
             removed=tuple(run.removed),
             warnings=tuple(_warnings(messages, run.action.journal)),
             messages=tuple(row for row in messages if row.livepatch),
@@ -784,6 +814,17 @@ def read_module_file(data: bytes, path: str, layout: Layout | None) -> ModuleFil
     )
 
 
+def _callbacks(found: Description) -> list[tuple[str, dict[str, str]]] | None:
+    """For the journal: each object's callbacks, in order; None where the descriptors are not read."""
+    if found.objects is None:
+        return None
+    return [
+        (row.name, {kind.value: function for kind, function in row.callbacks})
+        for row in found.objects
+        if row.callbacks
+    ]
+
+
 def _identity(elf: ElfFile) -> str:
     return identity({name: section.data for name in IDENTITY if (section := elf.section(name)) is not None})
 
@@ -839,6 +880,15 @@ def _same(there: LivePatch, module: ModuleFile, interrupted: Sequence[journal.Re
     if module.identity:
         return there.module is not None and there.module.identity == module.identity
     return any(row.detail.get("sha256") == module.sha256 for row in interrupted)
+
+
+def _is_still(row: journal.Record) -> bool:
+    """Whether the file that a load named has the contents that it had."""
+    try:
+        data = Path(str(row.detail.get("file", ""))).read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data).hexdigest() == row.detail.get("sha256")
 
 
 def _unused(row: LivePatch) -> bool:

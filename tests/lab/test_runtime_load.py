@@ -485,6 +485,7 @@ def test_the_kernels_complaints_meanwhile_are_told(line: Line) -> None:
     assert found["status"] == 0
     assert [row["rule"] for row in found["warnings"]] == ["kernel-complained"]
     assert "kmend test" in str(found["warnings"]) or "warn+" in str(found["warnings"])
+    assert [row["callbacks"] for row in found["actions"]] == [["post_patch of vmlinux: warn()"]]
     assert line.act("unload", "warning")["status"] == 0
 
 

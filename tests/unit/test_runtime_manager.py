@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from kmend.core.errors import UsageError
 from kmend.core.live import End, Followed, Phase, Result
 from kmend.core.progress import Silent
 from kmend.manager import Choice, Following, Manager, OnStall
-from kmend.runtime import act
+from kmend.runtime import act, journal
 from kmend.runtime.follow import Patience
 from kmend.runtime.journal import Journal
 from kmend.runtime.place import Place
@@ -207,6 +208,77 @@ def test_what_somebody_else_turns_round_is_followed_and_told(
     assert [row.rule for row in report.refused][:1] == ([rule] if rule else [])
     assert Journal(machine.state, "b").records()[-1].event == "end"
     assert machine.done == (["rmmod fix"] if result is Result.DONE else [])
+
+
+KINDS = ("pre_patch", "post_patch", "pre_unpatch", "post_unpatch")
+
+
+def loaded_with_callbacks(machine: Machine) -> None:
+    """As if kmend had loaded the patch; its second object is there, its third is not."""
+    write(machine.place.module("ext4") / "initstate", "live\n")
+    known = [(name, {kind: f"{name}_{kind}" for kind in KINDS}) for name in ("vmlinux", "ext4", "nfsd")]
+    by = journal.Who("root", "", 1, "kmend")
+    Journal(machine.state, "b").begin("load", "fix", by, "", {"callbacks": known}).end("done", "")
+
+
+@pytest.mark.parametrize(
+    ("state", "verb", "ends", "kinds"),
+    [
+        ((1, 0), "disable", [End.COMPLETE], ["pre_unpatch", "post_unpatch"]),
+        # turning a transition round calls nothing; its end does (klp_reverse_transition())
+        ((1, 1), "disable", [End.COMPLETE], ["post_unpatch"]),
+        ((0, 1), "enable", [End.COMPLETE], ["post_patch"]),
+        ((0, 1), "disable", [End.REVERSED, End.COMPLETE], ["post_patch"]),
+    ],
+)
+def test_which_callbacks_were_called(
+    machine: Machine, state: tuple[int, int], verb: str, ends: list[End], kinds: list[str]
+) -> None:
+    machine.patch(*state)
+    loaded_with_callbacks(machine)
+    machine.ends = ends
+    report = getattr(machine.manager(), verb)("fix", Following())
+    assert report.callbacks == tuple(
+        f"{kind} of {name}: {name}_{kind}()" for kind in kinds for name in ("vmlinux", "ext4")
+    )
+
+
+def test_callbacks_of_a_patch_that_somebody_else_loaded_are_not_known(machine: Machine) -> None:
+    machine.patch()
+    machine.ends = [End.COMPLETE]
+    assert machine.manager().disable("fix", Following()).callbacks is None
+
+
+@pytest.mark.parametrize(
+    ("cumulative", "words"),
+    [(True, "kmend load {file}"), (False, "kmend unload fix && kmend load {file}")],
+)
+def test_the_way_back_to_what_was_replaced(
+    machine: Machine, tmp_path: Path, cumulative: bool, words: str
+) -> None:
+    """Only as long as the file is what was loaded."""
+    file = tmp_path / "old.ko"
+    file.write_bytes(b"old")
+    detail = {"file": str(file), "sha256": hashlib.sha256(b"old").hexdigest(), "replace": cumulative}
+    book = Journal(machine.state, "b")
+    book.begin("load", "old", journal.Who("root", "", 1, "kmend"), "", detail).end("done", "")
+    book.begin("load", "fix", journal.Who("root", "", 1, "kmend"), "", {"replace": True})
+    machine.patch(1, 1)
+    write(machine.place.livepatch / "old/enabled", "1\n")
+    write(machine.place.livepatch / "old/transition", "0\n")
+    write(machine.place.proc / "modules", "fix 1 1 - Live 0x0\nold 1 1 - Live 0x0\n")
+
+    class Ends(list[End]):
+        def pop(self, _at: object = 0) -> End:
+            for name in ("enabled", "transition"):
+                (machine.place.livepatch / "old" / name).unlink(missing_ok=True)
+            return End.COMPLETE
+
+    machine.ends = Ends()
+    report = machine.manager().enable("fix", Following())
+    assert report.result is Result.DONE
+    assert report.replaced == ("old",)
+    assert report.next_step == f"to go back to old: {words.format(file=file)}"
 
 
 def test_force_is_remembered_in_the_journal(machine: Machine) -> None:

@@ -328,6 +328,8 @@ class ActionReport:
     stall). ``replaced`` are the patches that a cumulative one replaced, ``removed`` the modules that were
     unloaded. ``messages`` is what the kernel said meanwhile about livepatching.
 
+    ``callbacks`` are those that the kernel called, in their order; None: which the patch has is not known.
+
     ``file`` and ``sha256`` are the module's, '' when it was loaded before; ``note`` is what kmend wrote into
     it. ``began`` is when the action began, by the clock of the kernel's log; steps count from there.
     """
@@ -350,6 +352,7 @@ class ActionReport:
     sha256: str = ""
     note: Mapping[str, object] = field(default_factory=dict)
     began: float = 0.0
+    callbacks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

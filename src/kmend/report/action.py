@@ -42,6 +42,7 @@ def _document(report: ActionReport) -> dict[str, object]:
         "transitions": [_followed(row) for row in report.followed],
         "replaced": list(report.replaced),
         "removed": list(report.removed),
+        "callbacks": None if report.callbacks is None else list(report.callbacks),
         "refused": [_refusal(row) for row in report.refused],
         "warnings": [_refusal(row) for row in report.warnings],
         "messages": [{"seconds": row.seconds, "text": row.text} for row in report.messages],
@@ -82,6 +83,8 @@ def to_text(report: ActionReport) -> str:
     lines += _not_looked(report.checks)
     if report.replaced:
         lines.append(f"  replaced: {', '.join(report.replaced)}")
+    if report.callbacks:
+        lines.append(f"  callbacks called: {', '.join(report.callbacks)}")
     for row in report.warnings:
         lines += _lines_of("warning", row)
     if report.messages and not succeeded(report):
