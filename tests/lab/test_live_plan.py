@@ -9,12 +9,12 @@ from typing import Any
 
 import inside
 import pytest
+import zstandard
 
 from kmend.core.config import Config
 from kmend.core.run import run
 from kmend.core.target import Target
 from kmend.lab.guest import Guest
-from kmend.lab.kernel import LabKernel
 
 pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
@@ -23,24 +23,28 @@ cd /sys/kernel
 mountpoint -q debug || mount -t debugfs debugfs debug
 mountpoint -q tracing || mount -t tracefs tracefs tracing
 """
-#: /proc/hall: who reads it sleeps in hall_wait() for good; with thread=1 a kernel thread does too.
+#: /proc/hall: who reads it sleeps in hall_wait() for good. With thread=1 a kernel thread enters it again and
+#: again; with thread=2 it stays away for as long as it stays.
 HALL = """
 #include <linux/kthread.h>
 #include <linux/module.h>
 #include <linux/proc_fs.h>
+#include <linux/random.h>
 #include <linux/wait.h>
 static DECLARE_WAIT_QUEUE_HEAD(hall_wq);
 static bool hall_open;
-static bool thread;
-module_param(thread, bool, 0);
+static int thread;
+module_param(thread, int, 0);
 static struct task_struct *task;
+/* no rhythm that a row of looks could fall in with */
+#define A_WHILE (HZ / 5 + get_random_u32() % (HZ / 5))
 noinline int hall_wait(bool in_thread);
 noinline int hall_wait(bool in_thread)
 {
 	int ret = 0;
 
 	if (in_thread)
-		schedule_timeout_idle(HZ / 2);
+		schedule_timeout_idle(A_WHILE);
 	else
 		ret = wait_event_interruptible(hall_wq, hall_open);
 	barrier();
@@ -48,7 +52,15 @@ noinline int hall_wait(bool in_thread)
 }
 static ssize_t hall_read(struct file *f, char __user *b, size_t n, loff_t *o) { return hall_wait(false); }
 static const struct proc_ops hall_ops = { .proc_read = hall_read };
-static int work(void *data) { while (!kthread_should_stop()) hall_wait(true); return 0; }
+static int work(void *data)
+{
+	while (!kthread_should_stop()) {
+		hall_wait(true);
+		if (thread == 2)
+			schedule_timeout_idle(A_WHILE);
+	}
+	return 0;
+}
 static int __init start(void)
 {
 	proc_create("hall", 0444, NULL, &hall_ops);
@@ -78,6 +90,7 @@ MODULE_LICENSE("GPL");
 HEAD = """
 #include <linux/livepatch.h>
 #include <linux/module.h>
+#include <linux/random.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #define SAY(kind) pr_info("%s: " kind ": %s\\n", THIS_MODULE->name, o->name ?: "vmlinux")
@@ -101,10 +114,12 @@ OLDER = (
     + """
 static int older_wait(bool in_thread)
 {
-	while (!signal_pending(current))
+	if (in_thread)
+		schedule_timeout_idle(HZ / 5 + get_random_u32() % (HZ / 5));
+	while (!in_thread && !signal_pending(current))
 		schedule_timeout_interruptible(HZ * 1000);
 	barrier();
-	return -ERESTARTSYS;
+	return in_thread ? 0 : -ERESTARTSYS;
 }
 static struct klp_func in_hall[] = { { .old_name = "hall_wait", .new_func = older_wait }, { } };
 static struct klp_func in_image[] = { { .old_name = "cmdline_proc_show", .new_func = show }, { } };
@@ -132,28 +147,68 @@ static struct klp_patch patch = { .mod = THIS_MODULE, .objs = objs, .replace = t
 """
     + TAIL
 )
-SOURCES = {"hall": HALL, "probe": PROBE, "older": OLDER, "newer": NEWER}
+#: Attaches BPF programs, in the guest.
+BPF = Path(__file__).with_name("klp_bpf.py")
+#: Writes one byte of the kernel's code, and what was there when it goes; addresses are given.
+MEDDLE = """
+#include <linux/module.h>
+#include <linux/mutex.h>
+static unsigned long at, text_poke, text_mutex;
+module_param(at, ulong, 0);
+module_param(text_poke, ulong, 0);
+module_param(text_mutex, ulong, 0);
+static unsigned char byte;
+static void put(unsigned char value)
+{
+	void *(*poke)(void *, const void *, size_t) = (void *)text_poke;
+
+	mutex_lock((struct mutex *)text_mutex);
+	poke((void *)at, &value, 1);
+	mutex_unlock((struct mutex *)text_mutex);
+}
+static int __init start(void)
+{
+	byte = *(unsigned char *)at;
+	pr_info("meddle: %02x\\n", byte);
+	put(byte ^ 0x10);
+	return 0;
+}
+static void __exit end(void) { put(byte); }
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+"""
+SOURCES = {"meddle": MEDDLE, "hall": HALL, "probe": PROBE, "older": OLDER, "newer": NEWER}
 READERS = 20
 
 
+@pytest.fixture(scope="module", params=["target_55", "target_612"])
+def target(request: pytest.FixtureRequest) -> Target:
+    """Both kernel lines, one after the other."""
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Target)
+    return found
+
+
 @pytest.fixture(scope="module")
-def modules(target_55: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def modules(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By hand; ``make M=`` writes nothing into the target's tree."""
     folder = tmp_path_factory.mktemp("plan")
     for name, text in SOURCES.items():
         (folder / f"{name}.c").write_text(text)
     (folder / "Makefile").write_text("obj-m := " + " ".join(f"{name}.o" for name in SOURCES) + "\n")
     run(
-        ["make", "-s", "-C", target_55.source, f"M={folder}", f"CC={target_55.compiler}", "modules"],
+        ["make", "-s", "-C", target.source, f"M={folder}", f"CC={target.compiler}", "modules"],
         timeout=300,
     )
     return {name: folder / f"{name}.ko" for name in SOURCES}
 
 
 @pytest.fixture(scope="module")
-def machine(kernel_55: LabKernel, modules: dict[str, Path], config: Config) -> Iterator[Guest]:
-    with Guest.of(kernel_55, config.lab) as running:
+def machine(target: Target, modules: dict[str, Path], config: Config) -> Iterator[Guest]:
+    with Guest.of(target, config.lab) as running:
         inside.settle(running)
+        running.put("/root/klp_bpf.py", BPF.read_bytes())
         for name, path in modules.items():
             running.put(f"/root/{name}.ko", path.read_bytes())
         running.run(MOUNTS, check=True)
@@ -163,14 +218,32 @@ def machine(kernel_55: LabKernel, modules: dict[str, Path], config: Config) -> I
 @pytest.fixture
 def guest(machine: Guest) -> Iterator[Guest]:
     yield machine
-    machine.run("kmend unload --all; killall cat", timeout=120)
+    machine.run("pkill -f klp_bpf; kmend unload --all; killall cat", timeout=120)
     machine.run("rmmod probe; rmmod hall")
+
+
+@pytest.fixture
+def image(guest: Guest, target: Target) -> Iterator[None]:
+    """The kernel's image in /boot: what runs is compared with it. That takes the guest half a minute."""
+    guest.put(f"/boot/vmlinuz-{target.release}", target.vmlinuz.read_bytes())
+    folder = Path(zstandard.__file__).parent  # what packs the image of newer kernels; the guest lacks it
+    guest.run(f"mkdir -p {inside.PLACE}/zstandard", check=True)
+    for path in (*folder.glob("*.py"), *folder.glob("*.so")):
+        guest.put(f"{inside.PLACE}/zstandard/{path.name}", path.read_bytes())
+    yield
+    guest.run(f"rm /boot/vmlinuz-{target.release}", check=True)
 
 
 def readers(guest: Guest) -> set[int]:
     """Twenty tasks that sleep in hall_wait(), or in what replaces it."""
-    start = "for i in $(seq 20); do /usr/bin/cat /proc/hall >/dev/null & done"
-    guest.run(f"{start}; sleep 1", check=True)
+    guest.run(
+        "for i in $(seq 20); do /usr/bin/cat /proc/hall >/dev/null & done\n"
+        "i=0; while [ $((i+=1)) -lt 300 ]; do\n"
+        "  n=0; for pid in $(pidof cat); do grep -q '_wait+' /proc/$pid/stack && n=$((n+1)); done\n"
+        f"  [ $n = {READERS} ] && exit 0; usleep 100000\n"
+        "done; exit 1",
+        check=True,
+    )
     pids = {int(word) for word in guest.run("pidof cat", check=True).text.split()}
     assert len(pids) == READERS
     return pids
@@ -192,27 +265,41 @@ def stacks(plan: dict[str, Any], moment: str) -> dict[str, list[str]]:
     return {row["function"]: [one["patch"] for one in row[moment]] for row in plan["func_stacks"]}
 
 
-def test_sleepers_over_an_older_patch(guest: Guest) -> None:
-    """Twenty tasks in the code of an older patch, and a plain kprobe: it loads, as planned in every point."""
-    guest.run("/usr/sbin/insmod /root/hall.ko && /usr/sbin/insmod /root/probe.ko", check=True)
+@pytest.mark.usefixtures("image")
+def test_sleepers_over_an_older_patch(guest: Guest, target: Target) -> None:
+    """Twenty tasks and a kernel thread in the code of an older patch, and a plain kprobe on the function.
+
+    All are named, and the load does as planned in every point.
+    """
+    guest.run("/usr/sbin/insmod /root/hall.ko thread=2 && /usr/sbin/insmod /root/probe.ko", check=True)
     assert inside.answer(guest, "load", "/root/older.ko")["status"] == 0
     pids = readers(guest)
     before = len(guest.dmesg())
-    plan = inside.answer(guest, "plan", "/root/newer.ko")
+    plan = inside.answer(guest, "plan", "/root/newer.ko", "--samples", "12")
     assert len(guest.dmesg()) == before, "a plan must leave the kernel alone"
     assert guest.run("ls /sys/kernel/livepatch").text.split() == ["older"]
     print(inside.ask(guest, "plan", "/root/newer.ko").text)
     assert (plan["status"], plan["result"], plan["refused"]) == (0, "would-load", [])
     found = plan["transition"]["inside"]
-    assert {row["tid"] for row in found} == pids
-    assert {(row["name"], row["function"], row["object"]) for row in found} == {
+    (thread,) = [row for row in found if row["kthread"]]
+    sleepers = [row for row in found if not row["kthread"]]
+    assert {row["tid"] for row in sleepers} == pids
+    assert {(row["name"], row["function"], row["object"]) for row in sleepers} == {
         ("cat", "older_wait", "older")
     }
-    assert {(row["leaves"], row["seen"]) for row in found} == {("interruption", 5)}
+    assert {(row["leaves"], row["seen"]) for row in sleepers} == {("interruption", 12)}
+    assert (thread["name"], thread["function"], thread["object"]) == ("hall-thread", "older_wait", "older")
+    assert thread["leaves"] == "by-itself"
+    assert 0 < thread["seen"] < 12
     assert plan["transition"]["seconds_alone"] == pytest.approx(16, abs=2)
-    assert plan["transition"]["seconds_with_kmend_load"] < 3
+    assert plan["transition"]["seconds_with_kmend_load"] < 4
+    (code,) = [row for row in plan["checks"] if row["name"] == "running code"]
+    assert code["passed"] is True
+    assert code["text"].startswith("1 functions")
     probes = next(row["text"] for row in plan["checks"] if row["name"] == "probes")
-    assert "kprobe at hall_wait+0x0 [hall]" in probes
+    # with IBT the kernel moves it behind the ENDBR (arch_adjust_kprobe_addr())
+    at = 4 if target.release.startswith("6.12") else 0
+    assert f"kprobe at hall_wait+{at:#x} [hall]" in probes
     assert stacks(plan, "before") == {
         "hall_wait": ["older"],
         "cmdline_proc_show": ["older"],
@@ -244,6 +331,85 @@ def test_sleepers_over_an_older_patch(guest: Guest) -> None:
     assert now == {name: rows for name, rows in stacks(plan, "after").items() if rows}
     assert "Linux version" not in guest.run("cat /proc/version").text
     assert "patched" not in guest.run("cat /proc/cmdline").text
+
+
+def bpf(guest: Guest, kind: str, function: str) -> str:
+    """Attach a program; returns the file in which the kernel counts its runs."""
+    guest.run(
+        f"/usr/bin/python3 /root/klp_bpf.py {kind} {function} >/root/{kind}.out 2>&1 & echo $! >/root/pid"
+    )
+    found = guest.run(
+        f"i=0; while [ ! -s /root/{kind}.out ] && [ $((i+=1)) -lt 300 ]; do usleep 100000; done\n"
+        f"cat /root/pid /root/{kind}.out"
+    ).text.split()
+    assert len(found) == 2, found
+    return f"/proc/{found[0]}/fdinfo/{found[1]}"
+
+
+def runs(guest: Guest, counter: str) -> int:
+    return int(guest.run(f"sed -n 's/^run_cnt:\\t*//p' {counter}", check=True).text)
+
+
+@pytest.mark.parametrize("kind", ["fentry", "fexit"])
+def test_a_bpf_program_on_the_function_goes_on_to_run(guest: Guest, kind: str) -> None:
+    """A trampoline of the kernel's own making; the plan says that it shares, and what follows is that."""
+    guest.run("echo 1 >/proc/sys/kernel/bpf_stats_enabled", check=True)
+    counter = bpf(guest, kind, "version_proc_show")
+    assert "Linux version" in guest.run("cat /proc/version").text
+    assert runs(guest, counter) == 1
+    plan = inside.answer(guest, "plan", "/root/newer.ko")
+    assert (plan["status"], plan["result"], plan["refused"]) == (0, "would-load", [])
+    assert rules(plan["warnings"]) == ["bpf-trampoline"]
+    assert "version_proc_show() (bpf_trampoline_" in plan["warnings"][0]["what"]
+    before, already = len(guest.dmesg()), runs(guest, counter)
+    assert inside.answer(guest, "load", "/root/newer.ko")["actions"][0]["result"] == "done"
+    assert livepatch_log(guest, before) == plan["model"]["log"]
+    assert guest.run("cat /proc/version; cat /proc/version").text.split() == ["patched", "patched"]
+    assert runs(guest, counter) == already + 2
+    assert inside.answer(guest, "unload", "newer")["status"] == 0
+    assert "Linux version" in guest.run("cat /proc/version").text
+    assert runs(guest, counter) == already + 3
+
+
+@pytest.mark.parametrize(
+    "kinds", [("fentry", "fexit"), ("fexit", "fentry")], ids=["entry-first", "exit-first"]
+)
+def test_bpf_programs_that_come_after_the_patch_leave_it_in_force(
+    guest: Guest, kinds: tuple[str, str]
+) -> None:
+    """The second one changes the trampoline of the first. What the kernel does then, not what kmend does."""
+    guest.run("echo 1 >/proc/sys/kernel/bpf_stats_enabled", check=True)
+    assert inside.answer(guest, "load", "/root/newer.ko")["actions"][0]["result"] == "done"
+    counters = []
+    for kind in kinds:
+        counters.append(bpf(guest, kind, "version_proc_show"))
+        before = [runs(guest, counter) for counter in counters]
+        assert guest.run("cat /proc/version").text == "patched", f"{kind} has taken the patch out of force"
+        assert [runs(guest, counter) for counter in counters] == [number + 1 for number in before]
+    (row,) = [row for row in inside.answer(guest, "list")["patches"] if row["name"] == "newer"]
+    assert row["phase"] == "enabled"
+
+
+@pytest.mark.usefixtures("image")
+def test_a_changed_byte_of_the_kernels_code_is_refused(guest: Guest) -> None:
+    """One byte, in the padding behind the function so that the guest lives on, is seen."""
+    names = ("text_poke", "text_mutex", "version_proc_show")
+    table = [line.split() for line in guest.run("cat /proc/kallsyms").text.splitlines()]
+    address = {row[2]: int(row[0], 16) for row in table if row[2] in names and len(row) == 3}
+    start = address["version_proc_show"]
+    end = min(at for row in table if (at := int(row[0], 16)) > start)
+    words = " ".join(f"{name}={address[name]:#x}" for name in names[:2])
+    guest.run(f"/usr/sbin/insmod /root/meddle.ko at={end - 1:#x} {words}", check=True)
+    # INT3, NOP, or the last byte of a longer NOP
+    assert [row.text for row in guest.dmesg() if row.text in ("meddle: cc", "meddle: 90", "meddle: 00")]
+    try:
+        plan = inside.answer(guest, "plan", "/root/newer.ko")
+    finally:
+        guest.run("rmmod meddle", check=True)
+    assert (plan["result"], rules(plan["refused"])) == ("would-be-refused", ["running-code"])
+    assert "version_proc_show()" in plan["refused"][0]["what"]
+    assert f"at offset {end - 1 - start:#x} it has" in plan["refused"][0]["why"]
+    assert inside.answer(guest, "plan", "/root/newer.ko")["result"] == "would-load"
 
 
 def test_a_kernel_thread_that_never_leaves(guest: Guest) -> None:
