@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kmend.core.errors import UsageError
@@ -435,6 +437,19 @@ def test_relocations_of_a_module_that_comes_again(kernel: Line, second: int) -> 
     assert m.execute(Unload("m")) == 0
     assert m.execute(Load("m")) == second
     assert any("existing value is nonzero" in message.text for message in m.k.log) == bool(second)
+
+
+@pytest.mark.parametrize("kernel", [LINE_6_1, LINE_6_12])
+@pytest.mark.parametrize(("pre_patch_ret", "answers"), [(0, (0, 0, 0)), (-19, (-19, -2, -8))])
+def test_a_module_that_kmend_builds_clears_them_when_its_object_goes(
+    kernel: Line, pre_patch_ret: int, answers: tuple[int, ...]
+) -> None:
+    """Not when its own callback sends the object away: the kernel calls no callback of it then."""
+    objs = (LATE[0], ObjectDecl("m", (FuncDecl("mf"),), ALL_CALLBACKS, pre_patch_ret, ("mark",)))
+    modules = (ModuleDecl("m", ("mf",), ("mark",)),)
+    m = Machine(dataclasses.replace(scenario(patches=(PatchDecl("p1", objs),)), modules=modules), kernel)
+    assert m.execute(Load("p1")) == 0
+    assert tuple(m.execute(step) for step in (Load("m"), Unload("m"), Load("m"))) == answers
 
 
 def test_relocations_that_cannot_be_resolved_refuse_the_module() -> None:
