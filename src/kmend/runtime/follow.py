@@ -199,7 +199,9 @@ class Follower:
         if not rows:
             return
         first = rows[0]
-        where = f" in {first.function}()" if first.function else ""
+        functions = list(dict.fromkeys(row.function for row in rows if row.function))
+        more = f" and {len(functions) - 1} more" if len(functions) > 1 else ""
+        where = f" in {functions[0]}(){more}" if functions else ""
         names = f"{first.task.tid} ({first.task.name})" + (
             f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         )
@@ -207,6 +209,9 @@ class Follower:
         woken = self.wake([row.task.tid for row in rows])
         for row in rows:
             self.woken[row.task.tid] = now
+        if woken.restarted:
+            number = len(woken.restarted)
+            text += f"; {number} system call{'s' if number > 1 else ''} begun anew"
         if woken.failed:
             text += f"; {len(woken.failed)} could not be: {next(iter(woken.failed.values()))}"
         self.failed.update(woken.failed)
