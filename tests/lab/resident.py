@@ -91,12 +91,10 @@ class Answer:
 class Resident:
     """kmend, resident in a guest."""
 
-    def __init__(self, guest: Guest, *, settled: bool = False) -> None:
-        """``settled``: kmend's code is in the guest already."""
+    def __init__(self, guest: Guest) -> None:
         self.guest = guest
         self._number = 0
-        if not settled:
-            inside.settle(guest)
+        inside.settle(guest)
         guest.put("/root/resident.py", SERVER.encode())
         guest.run(_START, check=True)
 

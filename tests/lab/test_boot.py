@@ -16,7 +16,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import inside
 import pytest
 from resident import Resident
 
@@ -99,14 +98,13 @@ class Server:
         run(["mke2fs", "-q", "-t", "ext4", disk])
 
     @contextmanager
-    def up(self) -> Iterator[Guest]:
+    def up(self) -> Iterator[tuple[Guest, Resident]]:
         """One boot of it, up to where its own boot would load the patches. Its end is a power cut."""
         with Guest.of(self.kernel, self.lab, Settings(disk=self.disk)) as guest:
             guest.run(MOUNT, check=True)
-            inside.settle(guest)
             for name, data in self.modules.items():
                 guest.put(f"/root/{name}.ko", data)
-            yield guest
+            yield guest, Resident(guest)
 
 
 @pytest.fixture
@@ -127,112 +125,112 @@ def loaded(guest: Guest) -> list[str]:
 
 
 def test_what_is_installed_is_loaded_at_the_next_boot_and_no_more_once_uninstalled(server: Server) -> None:
-    with server.up() as guest:
-        found = inside.answer(guest, "install", "/root/keep_a.ko", "/root/keep_b.ko")
+    with server.up() as (guest, kmend):
+        found = kmend.answer("install", "/root/keep_a.ko", "/root/keep_b.ko")
         assert (found["status"], results(found)) == (0, [("keep_a", "done"), ("keep_b", "done")])
         assert {row["rule"] for row in found["actions"][0]["warnings"]} == {"no-boot-unit"}
         assert loaded(guest) == []
         # power cut: what `install` has reported is on the disk
-    with server.up() as guest:
-        status = inside.answer(guest, "status")["boot"]
+    with server.up() as (guest, kmend):
+        status = kmend.answer("status")["boot"]
         assert [row["name"] for row in status["patches"]] == ["keep_a", "keep_b"]
-        found = inside.answer(guest, *BOOT)
+        found = kmend.answer(*BOOT)
         assert (found["status"], results(found)) == (0, [("keep_a", "done"), ("keep_b", "done")])
         assert guest.run("cat /proc/cmdline /proc/uptime").text == "keep_a\nkeep_b"
-        assert inside.answer(guest, "status")["boot"]["guard"] == "watching"
+        assert kmend.answer("status")["boot"]["guard"] == "watching"
         # the unit may be started twice (initramfs, then systemd)
-        again = inside.answer(guest, *BOOT)
+        again = kmend.answer(*BOOT)
         assert (again["status"], [row["why"] for row in again["actions"]]) == (
             0,
             ["keep_a is in force already", "keep_b is in force already"],
         )
-        assert inside.answer(guest, "healthy")["status"] == 0
-        assert inside.answer(guest, "status")["boot"]["guard"] == "clear"
-        found = inside.answer(guest, "uninstall", "keep_a", "--unload")
+        assert kmend.answer("healthy")["status"] == 0
+        assert kmend.answer("status")["boot"]["guard"] == "clear"
+        found = kmend.answer("uninstall", "keep_a", "--unload")
         assert found["status"] == 0
         assert loaded(guest) == ["keep_b"]
-    with server.up() as guest:
-        assert results(inside.answer(guest, *BOOT)) == [("keep_b", "done")]
-        assert inside.answer(guest, "healthy")["status"] == 0
-        assert inside.answer(guest, "uninstall", "--all")["status"] == 0
-    with server.up() as guest:
-        found = inside.answer(guest, *BOOT)
+    with server.up() as (guest, kmend):
+        assert results(kmend.answer(*BOOT)) == [("keep_b", "done")]
+        assert kmend.answer("healthy")["status"] == 0
+        assert kmend.answer("uninstall", "--all")["status"] == 0
+    with server.up() as (guest, kmend):
+        found = kmend.answer(*BOOT)
         assert (found["status"], found["actions"], loaded(guest)) == (0, [], [])
 
 
 def test_a_cumulative_patch_is_loaded_alone(server: Server) -> None:
-    with server.up() as guest:
-        assert inside.answer(guest, "install", "/root/keep_a.ko", "/root/keep_all.ko")["status"] == 0
-    with server.up() as guest:
-        assert inside.answer(guest, *BOOT)["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko", "/root/keep_all.ko")["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer(*BOOT)["status"] == 0
         assert loaded(guest) == ["keep_all"]
 
 
 def test_a_patch_that_crashes_the_machine_is_loaded_once(server: Server) -> None:
     """It goes off 20 s after loading: long after the load has reported that all is well."""
-    with server.up() as guest:
-        assert inside.answer(guest, "install", "/root/keep_a.ko", "/root/keep_bomb.ko")["status"] == 0
-    with server.up() as guest:
-        assert inside.answer(guest, *BOOT)["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko", "/root/keep_bomb.ko")["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer(*BOOT)["status"] == 0
         assert loaded(guest) == ["keep_a", "keep_bomb"]
         with pytest.raises(KernelOops, match="the patch went off"):
             guest.run("sleep 100", timeout=120)
     for _ in range(2):  # and not the time after that either
-        with server.up() as guest:
-            found = inside.answer(guest, *BOOT)
+        with server.up() as (guest, kmend):
+            found = kmend.answer(*BOOT)
             assert (found["status"], rules(found)) == (1, ["crash-guard"])
             assert "keep_a, keep_bomb" in found["refused"][0]["why"]
             assert loaded(guest) == []
-            text = inside.ask(guest, "status").text
+            text = kmend.ask("status").text
             assert "LEFT OFF: the boot of 20" in text
             assert "began to load keep_a, keep_bomb and was never found to be healthy" in text
-            assert "stay off" in inside.ask(guest, "log").text
+            assert "stay off" in kmend.ask("log").text
             # the timer comes in this boot too; it must not make the next one load again
-            assert inside.answer(guest, "healthy")["status"] == 0
-    with server.up() as guest:
-        assert inside.answer(guest, "uninstall", "keep_bomb")["status"] == 0
-        assert rules(inside.answer(guest, *BOOT)) == ["crash-guard"]
-        found = inside.answer(guest, "load", "--all", "--retry")
+            assert kmend.answer("healthy")["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("uninstall", "keep_bomb")["status"] == 0
+        assert rules(kmend.answer(*BOOT)) == ["crash-guard"]
+        found = kmend.answer("load", "--all", "--retry")
         assert (found["status"], results(found)) == (0, [("keep_a", "done")])
-    with server.up() as guest:
-        assert results(inside.answer(guest, *BOOT)) == [("keep_a", "done")]
+    with server.up() as (guest, kmend):
+        assert results(kmend.answer(*BOOT)) == [("keep_a", "done")]
 
 
 def test_a_boot_whose_kernel_oopsed_is_not_called_healthy(server: Server) -> None:
-    with server.up() as guest:
-        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
-        assert inside.answer(guest, *BOOT)["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
+        assert kmend.answer(*BOOT)["status"] == 0
         guest.run("/usr/sbin/insmod /root/keep_oops.ko")
-        found = inside.answer(guest, "healthy")
+        found = kmend.answer("healthy")
         assert (found["status"], found["actions"][0]["refused"][0]["rule"]) == (1, "boot-unhealthy")
-    with server.up() as guest:
-        assert rules(inside.answer(guest, *BOOT)) == ["crash-guard"]
+    with server.up() as (guest, kmend):
+        assert rules(kmend.answer(*BOOT)) == ["crash-guard"]
 
 
 def test_the_switches(server: Server, kernel_55: LabKernel, config: Config) -> None:
-    with server.up() as guest:
-        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
         guest.run("mkdir -p /etc/kmend && touch /etc/kmend/off", check=True)
-        assert rules(inside.answer(guest, *BOOT)) == ["switched-off"]
-        assert "switched off by the file /etc/kmend/off" in inside.ask(guest, "status").text
+        assert rules(kmend.answer(*BOOT)) == ["switched-off"]
+        assert "switched off by the file /etc/kmend/off" in kmend.ask("status").text
         guest.run("rm /etc/kmend/off", check=True)
         # nothing was loaded, so there is nothing that this boot would have to survive
-        assert inside.answer(guest, "status")["boot"]["guard"] == "clear"
+        assert kmend.answer("status")["boot"]["guard"] == "clear"
         guest.run("echo 'root=/dev/vda kmend=off quiet' >/run/line; mount -o bind /run/line /proc/cmdline")
-        assert rules(inside.answer(guest, *BOOT)) == ["switched-off"]
+        assert rules(kmend.answer(*BOOT)) == ["switched-off"]
         guest.run("umount /proc/cmdline", check=True)
-        assert inside.answer(guest, *BOOT)["status"] == 0
+        assert kmend.answer(*BOOT)["status"] == 0
 
 
 def test_a_module_that_was_tampered_with_is_not_loaded(server: Server) -> None:
-    with server.up() as guest:
-        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
         guest.run("cp /root/keep_b.ko $(ls /var/lib/kmend/*/keep_a.*.ko)", check=True)
-        found = inside.answer(guest, *BOOT)
+        found = kmend.answer(*BOOT)
         assert (found["status"], found["actions"][0]["refused"][0]["rule"]) == (1, "store-damaged")
         assert loaded(guest) == []
         guest.run("chmod 777 /var/lib/kmend", check=True)
-        assert rules(inside.answer(guest, *BOOT)) == ["unsafe-store"]
+        assert rules(kmend.answer(*BOOT)) == ["unsafe-store"]
 
 
 #: The disk becomes the root file system of a machine whose initramfs has just mounted it, read-only.
@@ -255,8 +253,8 @@ mount -o bind /usr /r/usr
 
 
 def test_the_initramfs_loads_from_the_root_file_system_before_anything_runs_there(server: Server) -> None:
-    with server.up() as guest:
-        assert inside.answer(guest, "install", "/root/keep_a.ko")["status"] == 0
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
         guest.run(NEW_ROOT, check=True)
         script = (ROOT / "packaging/initramfs/scripts/kmend").read_bytes()
         guest.put("/scripts/kmend", script, 0o755)
@@ -277,17 +275,17 @@ def test_the_initramfs_loads_from_the_root_file_system_before_anything_runs_ther
 
 
 def test_what_is_installed_for_another_kernel_is_left_alone(server: Server) -> None:
-    with server.up() as guest:
+    with server.up() as (guest, kmend):
         guest.run("sed s/6.1.0-55-amd64/6.1.0-54-amd64/ /root/keep_a.ko >/root/other.ko", check=True)
-        found = inside.answer(guest, "install", "/root/other.ko", "/root/keep_b.ko")
+        found = kmend.answer("install", "/root/other.ko", "/root/keep_b.ko")
         assert found["status"] == 0
         assert "kernel-absent" in {row["rule"] for row in found["actions"][0]["warnings"]}
-        listed = inside.answer(guest, "install", "--list")["stores"]
+        listed = kmend.answer("install", "--list")["stores"]
         assert [(row["release"], [one["name"] for one in row["patches"]]) for row in listed] == [
             ("6.1.0-54-amd64", ["keep_a"]),
             ("6.1.0-55-amd64", ["keep_b"]),
         ]
-        assert results(inside.answer(guest, *BOOT)) == [("keep_b", "done")]
+        assert results(kmend.answer(*BOOT)) == [("keep_b", "done")]
 
 
 #: How many cuts of each kind; bench/power_cuts.py makes as many as it is told.
@@ -350,8 +348,7 @@ class Cuts:
         self.server, self.chance = server, chance
         self.seconds: dict[str, float] = {}
         self.last = ""
-        with server.up() as guest:
-            kmend = Resident(guest, settled=True)
+        with server.up() as (_, kmend):
             self.seconds["changes"] = float(kmend.run(CHURN.format(rounds=1)).text)
             self._install(kmend)
             began = monotonic()
@@ -366,23 +363,22 @@ class Cuts:
     def cut(self, kind: str) -> str:
         """One cut; what the boot before it found."""
         moment = self.chance.uniform(0.0, 1.05 * self.seconds[kind])
-        with self.server.up() as guest:
-            kmend = Resident(guest, settled=True)
+        with self.server.up() as (guest, kmend):
             found = self._look(guest, kmend)
             if kind == "changes":
                 self._cut(guest, kmend, moment, code=CHURN.format(rounds=100))
             else:
                 self._install(kmend)
         if kind == "boot":
-            with self.server.up() as guest:
-                self._cut(guest, Resident(guest, settled=True), moment)
+            with self.server.up() as (guest, kmend):
+                self._cut(guest, kmend, moment)
         self.last = kind
         return f"{found}; now {kind}, cut after {moment:.2f} of {self.seconds[kind]:.2f} s"
 
     def end(self) -> str:
         """The last look."""
-        with self.server.up() as guest:
-            return self._look(guest, Resident(guest, settled=True))
+        with self.server.up() as (guest, kmend):
+            return self._look(guest, kmend)
 
     def _cut(self, guest: Guest, kmend: Resident, moment: float, code: str | None = None) -> None:
         number = kmend.begin(*BOOT, "--quiet") if code is None else kmend.begin(code=code)

@@ -17,6 +17,8 @@ from kmend.lab.guest import Guest
 pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
 KILLS = 52
+#: Of the random moments.
+FIRST = 1
 #: A round in the guest, with kmend imported once: each action is its child. Prints a JSON line per trouble.
 HARNESS = """
 import contextlib, io, json, os, random, signal, sys, time
@@ -150,7 +152,7 @@ def test_fifty_kills_leave_nothing_behind(target_55: Target, config: Config, tmp
             guest.put(f"/root/{name}.ko", modules[name].read_bytes())
         guest.put("/root/harness.py", HARNESS.encode())
         guest.run("/usr/bin/sleep 100000 & /usr/bin/sleep 100000 & usleep 200000")
-        for seed in range(1, 20):
+        for seed in range(FIRST, FIRST + 20):
             done = guest.run(f"LANGUAGE=C /usr/bin/python3 /root/harness.py {seed}", timeout=900)
             assert done.status == 0, done.errors
             *troubles, last = [json.loads(line) for line in done.text.splitlines()]

@@ -400,6 +400,11 @@ def test_symbols_are_found_by_name_and_by_address(symbols: Place) -> None:
     assert [start & 0xFF for start in starts] == [0x10, 0x20, 0x30, 0x40]
     assert [table.after(start) for start in starts] == [*starts[1:], None]
     assert table.after(starts[0] + 1) == starts[1]
+    # the next one may be far away, and modules' symbols come in no order
+    far = ["ffffffffc0000000", "ffffffff81000fff", "ffffffff81000000", "ffffffff81001000", "ffffffff9fffffff"]
+    write(symbols.proc / "kallsyms", "".join(f"{word} t f{at}\n" for at, word in enumerate(far)))
+    table, ordered = SymbolTable(symbols), sorted(int(word, 16) for word in far)
+    assert [table.after(start) for start in ordered] == [*ordered[1:], None]
     write(symbols.proc / "kallsyms", "0000000000000000 t f\n0000000000000000 t g\n")
     with pytest.raises(Unable) as error:
         SymbolTable(symbols)
