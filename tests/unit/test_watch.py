@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -24,6 +25,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kmend.cli import watching
+from kmend.cli.context import Context, Quiet
+from kmend.core.config import Config
 from kmend.core.live import (
     Blocker,
     Cause,
@@ -39,7 +42,9 @@ from kmend.core.live import (
 )
 from kmend.core.taint import decode
 from kmend.report import watch
-from kmend.runtime.journal import Record
+from kmend.runtime import journal
+from kmend.runtime.journal import Journal, Record
+from kmend.runtime.place import Place
 
 KERNEL = KernelState(
     "6.1.0-55-amd64", "#1 SMP", "ab" * 20, "b", True, 36864, decode(36864), False, "", False, True
@@ -291,6 +296,7 @@ def look(self):
     left = 24 if looks[0] < 1000 else 0
     return None, test_watch.look(left)
 watching.Looker.look = look
+watching.Looker.pulse = lambda self: ()
 status.observe = lambda *a, **k: None
 status.chosen = lambda *a: None
 sys.exit(main(["status", "--watch", "--interval", "0.05"]))
@@ -415,3 +421,97 @@ def test_an_error_is_told_on_the_screen_before(started) -> None:  # type: ignore
     terminal = started(fails=True)
     assert terminal.end() == 3
     assert terminal.data.rindex(b"it is gone") > terminal.data.rindex(LEAVE)
+
+
+# -- without a screen --------------------------------------------------------------------------------
+
+
+def machine(root: Path) -> Place:
+    """Files of a kernel with one patch in transition, and no task that could be asked."""
+    place = Place(root / "sys", root / "proc", root / "dev", root / "run")
+    files = {
+        "sys/kernel/livepatch/fix/enabled": "1\n",
+        "sys/kernel/livepatch/fix/transition": "1\n",
+        "sys/kernel/livepatch/fix/vmlinux/nap,1/x": "",
+        "proc/sys/kernel/osrelease": "6.1.0\n",
+        "proc/sys/kernel/random/boot_id": "b\n",
+        "proc/sys/kernel/tainted": "0\n",
+        "proc/modules": "fix 1 1 - Live 0x0\n",
+        "proc/self/patch_state": "1\n",
+        "run/x": "",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return place
+
+
+def looker(root: Path) -> watching.Looker:
+    context = Context(Config(root, root / "state", 1, ""), Quiet())
+    return watching.Looker(machine(root), context, None)
+
+
+def test_that_a_transition_ends_is_seen_between_two_looks(tmp_path: Path) -> None:
+    found = looker(tmp_path)
+    before = found.pulse()
+    assert before == (("fix", True, True),)
+    folder = tmp_path / "sys/kernel/livepatch/fix"
+    (folder / "transition").write_text("0\n")
+    assert found.pulse() != before
+    (folder / "enabled").unlink()
+    assert found.pulse() == (("fix", None, False),)
+
+
+def test_a_look_at_a_machine_of_files(tmp_path: Path) -> None:
+    found = looker(tmp_path)
+    _, view = found.look()
+    assert view.transition is not None
+    assert (view.transition.patch, view.transition.left, view.acting) == ("fix", 0, None)
+    assert "every task has switched" in drawn(view, watched(view))
+    by = journal.Who("root", "admin", 812, "kmend load fix.ko")
+    action = Journal(tmp_path / "state", "b").begin("load", "fix", by, "from fix.ko", {"wait": 60.0})
+    action.step("interrupted 1 task", tids=[7])
+    with journal.acting(found.place, "load fix"):
+        _, view = found.look()
+    assert view.acting is not None
+    assert (view.acting.user, view.acting.wait, view.acting.steps[0].tids) == ("admin", 60.0, frozenset({7}))
+    _, view = found.look()  # its kmend was killed
+    assert view.acting is None
+    assert "was killed" in " ".join(view.troubles)
+    shutil.rmtree(tmp_path / "sys/kernel/livepatch/fix")
+    _, view = found.look()
+    assert (view.patches, view.transition) == ((), None)
+    assert "interrupted 1 task" in drawn(view, watched(view))
+
+
+def test_where_no_screen_can_be_drawn_each_change_is_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = looker(tmp_path)
+    looks = [0]
+    real = watching.Looker.look
+
+    def look(self: watching.Looker) -> object:
+        looks[0] += 1
+        if looks[0] == 3:
+            (tmp_path / "sys/kernel/livepatch/fix/transition").write_text("0\n")
+        if looks[0] == 6:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(watching.Looker, "look", look)
+    with pytest.raises(KeyboardInterrupt):
+        watching.blocks(found, 0.01, Context(Config(tmp_path, tmp_path, 1, ""), Quiet()))
+    shown = capsys.readouterr().out
+    assert shown.count("6.1.0") == 2  # five looks, one change
+    assert shown.index("patching fix") < shown.index("#1 fix: enabled")
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("term", ["dumb", "", "unknown"])
+def test_a_terminal_that_cannot_move_its_cursor(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert watching.fancy()
+    monkeypatch.setenv("TERM", term)
+    assert not watching.fancy()

@@ -20,14 +20,14 @@ from kmend.core.errors import KmendError
 from kmend.runtime import journal, persistence
 from kmend.runtime.journal import Journal, Record
 from kmend.runtime.observe import Seen, observe
-from kmend.runtime.place import Place
+from kmend.runtime.place import Place, entries, flag
 
 if TYPE_CHECKING:
     from kmend.origin import Origins
     from kmend.report.watch import Acting, Done, View
 
-#: At most a fourth of the time is spent looking, however many tasks there are.
-_SHARE = 3.0
+#: At most half of the time is spent looking, however many tasks there are.
+_SHARE = 1.0
 #: Seconds between two looks at keys and at the window's size.
 _TICK = 0.2
 #: So many lines of the journal are shown at most.
@@ -51,6 +51,19 @@ class Looker:
     def __init__(self, place: Place, context: Context, name: str | None) -> None:
         self.place, self.state, self.name = place, context.config.state, name
         self._origins: Origins | None = None
+
+    def pulse(self) -> tuple[object, ...]:
+        """What changes when a transition begins, turns or ends: two small files for each patch."""
+        with suppress(KmendError):
+            return tuple(
+                (
+                    name,
+                    flag(self.place.livepatch / name / "enabled"),
+                    flag(self.place.livepatch / name / "transition"),
+                )
+                for name in entries(self.place.livepatch)
+            )
+        return ()
 
     def look(self) -> tuple[Seen, View]:
         """One look at everything.
@@ -233,13 +246,14 @@ def screens(looker: Looker, interval: float) -> int:
             keys.open()
             shown.start()
             while True:
-                start = time.monotonic()
+                start, pulse = time.monotonic(), looker.pulse()
                 _, view = looker.look()
                 history.note(view)
                 due = time.monotonic() + max(interval, _SHARE * (time.monotonic() - start))
                 most = len(view.transition.blockers) - 1 if view.transition is not None else 0
                 selected, drawn = min(selected, max(most, 0)), (0, 0)
-                while (rest := due - time.monotonic()) > 0:
+                # a transition may be over within a second: that one begins or ends is seen at once
+                while (rest := due - time.monotonic()) > 0 and looker.pulse() == pulse:
                     if asked:
                         asked.clear()
                         shown.stop()
