@@ -64,7 +64,7 @@ SAMPLES = 5
 #: A transition that has not ended on the model after so many seconds is not known to end.
 HORIZON = 60.0
 #: `kmend load` interrupts sleepers so many seconds after it began to follow (``Patience.before_waking``).
-WAKING = 0.4
+WAKING = 0.2
 #: How many tasks a sentence names.
 _SHOWN = 3
 #: Where the model lays the code that it makes itself: no kernel address is as low.

@@ -54,7 +54,7 @@ class Patience:
 
     limit: float = 60.0
     finishing: float = 300.0
-    before_waking: float = 0.4
+    before_waking: float = 0.2
     wake: bool = True
     io_uring: bool = False
 
@@ -87,6 +87,7 @@ class Follower:
     def run(self) -> Followed:
         """Follow it to its end, or to the limit. Nothing is undone when the limit is reached."""
         self._began = self.clock()
+        # the sooner what sleeps is woken, the sooner the kernel's next retry finds nothing in its way
         next_sweep = self._began + min(_SWEEP, self.patience.before_waking)
         late = False
         self.progress.step(f"{self.goal.value} {self.name}: waiting for tasks to switch")
@@ -164,7 +165,7 @@ class Follower:
         # Reading takes longest: a task that is about to be woken is read in brief, unless waking it has
         # failed before; at the limit, when what holds the transition up is told, all are read in full.
         late = self._seconds() >= self.patience.limit
-        waking = self.patience.wake and self._seconds() >= self.patience.before_waking
+        waking = self.patience.wake and self.clock() >= self._began + self.patience.before_waking
         found: tuple[Blocker, ...] = ()
         for at in range(0, len(seen.pending) if waking else _CHUNK, _CHUNK):
             rows = blockers.explained(

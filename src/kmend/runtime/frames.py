@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from kmend.core.errors import Unable
 from kmend.core.live import Frame
+from kmend.core.target import VMLINUX
 from kmend.runtime.place import Place
 from kmend.runtime.symbols import SymbolTable
 
@@ -39,11 +40,21 @@ class Seeker:
     watched: tuple[Watched, ...]
     foreign: Mapping[str, frozenset[str]] = field(default_factory=dict)
     aliases: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    #: The rows by what a frame shows: where its code lies, and its name.
+    _rows: dict[tuple[str, str], Watched] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows: dict[tuple[str, str], Watched] = {}
+        for row in self.watched:
+            rows.setdefault((row.code, row.name), row)
+        for row in self.watched:
+            for name in self.aliases.get((row.object, row.name), ()):
+                rows.setdefault((row.code, name), row)
+        object.__setattr__(self, "_rows", rows)  # the class is frozen for others
 
     def pattern(self) -> re.Pattern[str] | None:
         """What a stack must match to be worth reading; None: nothing can be found."""
-        known = {name for row in self.watched for name in (row.name, *self._others(row))}
-        names = [re.escape(name) for name in sorted(known)]
+        names = [re.escape(name) for name in sorted({name for _, name in self._rows})]
         modules = [re.escape(name) for name in self.foreign]
         parts = [rf"\] (?:{'|'.join(names)})\+0x"] if names else []
         parts += [rf"\[(?:{'|'.join(modules)})\]"] if modules else []
@@ -56,11 +67,9 @@ class Seeker:
         """
         for at in range(len(stack) - 1, -1, -1):
             frame = stack[at]
-            for row in self.watched:
-                if frame.object == row.code and (
-                    frame.function == row.name or frame.function in self._others(row)
-                ):
-                    return row, at, True
+            row = self._rows.get((frame.module or VMLINUX, frame.function))
+            if row is not None:
+                return row, at, True
             if frame.module in self.foreign and frame.function not in self.foreign[frame.module]:
                 return Watched(frame.function, frame.module, frame.module), at, False
         return None
@@ -83,6 +92,3 @@ class Seeker:
             }
             found[row.object, row.name] = frozenset(names - {row.name})
         return replace(self, aliases=found)
-
-    def _others(self, row: Watched) -> frozenset[str]:
-        return self.aliases.get((row.object, row.name), frozenset()) if self.aliases else frozenset()
