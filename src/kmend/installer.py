@@ -470,6 +470,8 @@ class Installer:
     ) -> None:
         """Lines in the journal about what is done already, or was refused."""
         book = Journal(self.config.state, kernel.boot_id)
+        if verb in ("install", "uninstall", "healthy") and error is None:  # which hold the lock
+            journal.close_killed(book, self.place, verb)
         by = journal.who(self.place, " ".join(sys.argv[:8]))
         for name in names:
             words = error.what if error is not None else ", ".join(filter(None, (text, steps.get(name, ""))))

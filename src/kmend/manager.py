@@ -44,6 +44,7 @@ from kmend.runtime import act, blockers, callbacks, journal, klog, preflight
 from kmend.runtime.callbacks import Called
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.journal import Action, Journal
+from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import Seen, observe
 from kmend.runtime.patches import IDENTITY, identity, read_patch
 from kmend.runtime.place import Place
@@ -384,6 +385,16 @@ class Manager:
         seen = self._observe(holding=False)
         return tuple(row.name for row in (*reversed(seen.patches), *seen.left))
 
+    def close_killed(self, verb: str) -> None:
+        """Write down the end of what killed runs began, where nothing is left to be done about it.
+
+        Raises:
+            Unable: not root. Refused: another kmend is at it.
+        """
+        act.require_power(self.place, verb)
+        with journal.acting(self.place, verb):
+            journal.close_killed(self._journal(read_kernel(self.place).boot_id), self.place, verb)
+
     def _take_back(self, verb: str, name: str, following: Following) -> ActionReport:
         """
         Raises:
@@ -392,6 +403,18 @@ class Manager:
         act.require_power(self.place, verb)
         with journal.acting(self.place, f"{verb} {name}"):
             seen = self._observe()
+            if seen.named(name) is None and any(row.patch == name for row in seen.unfinished):
+                # killed when all was done but the last line of the journal
+                return self._perform(
+                    verb,
+                    name,
+                    "it is not loaded",
+                    {},
+                    seen,
+                    lambda run: self._report(
+                        run, Result.DONE, f"{name} is gone: what was killed had done it"
+                    ),
+                )
             patch = _known(seen, name)
             moving = next((row for row in seen.patches if row.phase.moving and row.name != name), None)
             if patch.phase is Phase.COMING:
@@ -667,11 +690,7 @@ class Manager:
         """An action with its entries in the journal, however it ends; a refusal becomes its report."""
         boot = seen.kernel.boot_id
         book = self._journal(boot)
-        for row in journal.unfinished(_records(book), boot):
-            # we hold the lock: whoever began it is dead
-            Action(book, row.id, row.verb, row.patch, journal.who(self.place, "")).end(
-                "interrupted", f"its kmend (process {row.pid}) was killed; found by `kmend {verb} {name}`"
-            )
+        journal.close_killed(book, self.place, f"{verb} {name}")
         action = book.begin(verb, name, journal.who(self.place, " ".join(sys.argv[:8])), text, detail)
         try:
             log: klog.KernelLog | None = klog.KernelLog(self.place, new_only=True)

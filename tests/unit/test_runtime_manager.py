@@ -306,6 +306,19 @@ def test_a_killed_one_is_written_down_by_the_next(machine: Machine) -> None:
     assert [row.result for row in ends] == ["interrupted", "done"]
 
 
+def test_an_unload_that_was_killed_after_its_work_is_at_its_end(machine: Machine) -> None:
+    by = module.journal.who(machine.place, "kmend unload fix")
+    Journal(machine.state, "b").begin("unload", "fix", by, "it is enabled", {})
+    report = machine.manager().unload("fix", Following())
+    assert (report.result, machine.done) == (Result.DONE, [])
+    assert module.observe(machine.place, machine.state).unfinished == ()
+    with pytest.raises(UsageError):  # from then on it is as unknown as any other
+        machine.manager().unload("fix", Following())
+    Journal(machine.state, "b").begin("unload", "fix", by, "it is enabled", {})
+    machine.manager().close_killed("unload --all")
+    assert module.observe(machine.place, machine.state).unfinished == ()
+
+
 def test_an_unknown_name(machine: Machine) -> None:
     with pytest.raises(UsageError) as error:
         machine.manager().unload("absent", Following())

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
             rule="usage",
         )
     names = machine.loaded() if everything else tuple(name.removesuffix(".ko") for name in args.name)
+    if not names:
+        machine.close_killed("unload --all")
     match args.verb:
         case "unload":
             return each("unload", names, lambda name: machine.unload(name, how), context, args.report)

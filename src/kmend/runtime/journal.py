@@ -205,6 +205,22 @@ def unfinished(records: Sequence[Record], boot: str) -> tuple[Record, ...]:
     return tuple(row for row in records if row.event == "begin" and row.boot == boot and row.id not in ended)
 
 
+def close_killed(book: Journal, place: Place, by: str) -> tuple[str, ...]:
+    """Write an end for each action of this boot that has none; the patches that they were about.
+
+    For who holds the lock alone: whoever began them is dead. ``by`` is the command that found them.
+    """
+    try:
+        found = unfinished(book.records(), book.boot)
+    except Failed:
+        return ()
+    for row in found:
+        Action(book, row.id, row.verb, row.patch, who(place, "")).end(
+            "interrupted", f"its kmend (process {row.pid}) was killed; found by `kmend {by}`"
+        )
+    return tuple(row.patch for row in found)
+
+
 def loads(records: Iterable[Record], boot: str) -> dict[str, Record]:
     """For each patch that kmend loaded in this boot: the beginning of its last load."""
     return {
