@@ -178,7 +178,38 @@ module_init(start);
 module_exit(end);
 MODULE_LICENSE("GPL");
 """
-SOURCES = {"meddle": MEDDLE, "hall": HALL, "probe": PROBE, "older": OLDER, "newer": NEWER}
+#: A direct call of its own at a function's entry, which does not know how to share it.
+DIRECT = """
+#include <linux/ftrace.h>
+#include <linux/linkage.h>
+#include <linux/module.h>
+#include <linux/version.h>
+#include <asm/ibt.h>
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 4, 0)
+#define take(ops) register_ftrace_direct_multi(ops, (unsigned long)direct_tramp)
+#define give(ops) unregister_ftrace_direct_multi(ops, (unsigned long)direct_tramp)
+#else
+#define take(ops) register_ftrace_direct(ops, (unsigned long)direct_tramp)
+#define give(ops) unregister_ftrace_direct(ops, (unsigned long)direct_tramp, true)
+#endif
+void direct_tramp(void);
+asm(".pushsection .text, \\"ax\\", @progbits\\n"
+    ".type direct_tramp, @function\\n.globl direct_tramp\\n"
+    "direct_tramp:\\n" ASM_ENDBR ASM_RET
+    ".size direct_tramp, .-direct_tramp\\n.popsection\\n");
+static struct ftrace_ops ops;
+static int __init start(void)
+{
+	unsigned char name[] = "version_proc_show";
+
+	return ftrace_set_filter(&ops, name, sizeof(name) - 1, 1) ?: take(&ops);
+}
+static void __exit end(void) { give(&ops); ftrace_free_filter(&ops); }
+module_init(start);
+module_exit(end);
+MODULE_LICENSE("GPL");
+"""
+SOURCES = {"direct": DIRECT, "meddle": MEDDLE, "hall": HALL, "probe": PROBE, "older": OLDER, "newer": NEWER}
 READERS = 20
 
 
@@ -369,6 +400,23 @@ def test_a_bpf_program_on_the_function_goes_on_to_run(guest: Guest, kind: str) -
     assert inside.answer(guest, "unload", "newer")["status"] == 0
     assert "Linux version" in guest.run("cat /proc/version").text
     assert runs(guest, counter) == already + 3
+
+
+def test_a_direct_call_that_cannot_share_excludes_the_patch(guest: Guest) -> None:
+    """As the kernel itself says when it is asked directly."""
+    guest.run("/usr/sbin/insmod /root/direct.ko", check=True)
+    try:
+        assert "Linux version" in guest.run("cat /proc/version").text
+        plan = inside.answer(guest, "plan", "/root/newer.ko")
+        assert (plan["status"], rules(plan["refused"])) == (1, ["ftrace-conflict"])
+        assert plan["refused"][0]["what"] == "version_proc_show() is called through direct_tramp"
+        before = len(guest.dmesg())
+        assert plan["model"]["errno"] == 16
+        assert "Device or resource busy" in guest.run("/usr/sbin/insmod /root/newer.ko").errors
+        assert livepatch_log(guest, before) == plan["model"]["log"]
+    finally:
+        guest.run("rmmod direct", check=True)
+    assert inside.answer(guest, "plan", "/root/newer.ko")["result"] == "would-load"
 
 
 @pytest.mark.parametrize(
