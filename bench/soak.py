@@ -3,7 +3,8 @@
     .venv/bin/python bench/soak.py [CYCLES] [MINUTES] [RELEASE]   (default: 500 cycles on 6.1.0-56-amd64)
 
 Not on 6.1.0-55: the load soon meets that kernel's own ext4 crash (examples/ext4-null-folio.patch), with and
-without patches. After MINUTES (default: no limit) it stops with the cycles that it has made.
+without patches. After MINUTES (default: no limit), at Ctrl-C or SIGTERM it ends with the cycles that it has
+made by then, at the end of a batch.
 
 The modules are built by kmend from small changes of functions that the load runs through: reading, sending
 over TCP, forking, writing to ext4. The load writes and reads files on ext4, sends over the loopback device,
@@ -20,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -327,6 +329,15 @@ def soak(guest: Guest, modules: dict[str, Path], cycles: int, limit: float, rele
         troubles.extend(failed)
         return dict(figures)
 
+    start = max(row.seconds for row in guest.dmesg())
+    bad: dict[str, None] = {}
+
+    def listen() -> None:
+        """The kernel's complaints so far: its log keeps the last minutes only."""
+        for row in guest.dmesg():
+            if row.seconds > start and any(word in row.text for word in BAD):
+                bad[f"[{row.seconds:.6f}] {row.text}"] = None
+
     load.start()
     warm = some(0, WARM)
     print(f"warm: {WARM} cycles in {warm['seconds']:.0f} s", flush=True)
@@ -335,7 +346,10 @@ def soak(guest: Guest, modules: dict[str, Path], cycles: int, limit: float, rele
     again = memory(guest)
     load.start()
     began, at = monotonic(), 0
-    while at < cycles and monotonic() - began < limit:
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda which, _frame: asked.append(which))
+    while at < cycles and monotonic() - began < limit and not asked:
         batch = min(BATCH, cycles - at)
         found = some(at, at + batch)
         at += batch
@@ -344,21 +358,24 @@ def soak(guest: Guest, modules: dict[str, Path], cycles: int, limit: float, rele
         total["longest"] = max(total["longest"], found["longest"])
         for verb, number in found["counts"].items():
             total["counts"][verb] = total["counts"].get(verb, 0) + number
+        listen()
         done = load.done()
         print(
             f"{at:4}/{cycles} cycles, {monotonic() - began:5.0f} s, {batch / found['seconds']:.2f} cycles/s; "
-            f"load: {done}; {len(troubles)} failed",
+            f"load: {done}; {len(troubles)} failed, {len(bad)} complaints",
             flush=True,
         )
     load.stop()
     after = memory(guest)
-    return verdict(guest, total, troubles, (before, again, after), at, release)
+    listen()
+    return verdict(guest, total, troubles, list(bad), (before, again, after), at, release)
 
 
 def verdict(
     guest: Guest,
     total: dict[str, Any],
     troubles: list[Any],
+    bad: list[str],
     looks: tuple[dict[str, int], dict[str, int], dict[str, int]],
     cycles: int,
     release: str,
@@ -367,7 +384,6 @@ def verdict(
     before, again, after = looks
     for row in troubles:
         print("failed:", *row)
-    bad = [row.text for row in guest.dmesg() if any(word in row.text for word in BAD)]
     left = guest.run(
         "ls /sys/kernel/livepatch; grep -l K /sys/module/*/taint; cat /sys/kernel/tracing/enabled_functions"
     ).text
