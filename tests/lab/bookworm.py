@@ -30,6 +30,8 @@ from kmend.core.config import Config
 from kmend.core.run import Result, environment, run
 
 SUITE = "bookworm"
+#: Counts how :func:`unpacked` makes a root: one that was kept from before a change is made again.
+RECIPE = 2
 #: The programs that making a root takes, and the packages that have them.
 NEEDED = {
     "debootstrap": "debootstrap",
@@ -105,7 +107,7 @@ def unpacked(config: Config, to: Path, *packages: str) -> Root:
     if not plain:
         pytest.skip(f"apt on this machine has no source for {SUITE}: add one, and run apt-get update")
     kept = [line for line in run(["apt-config", "dump"]).text.splitlines() if APT_SETTINGS.match(line)]
-    key = hashlib.sha256(json.dumps([entries, kept, packages]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([RECIPE, entries, kept, packages]).encode()).hexdigest()[:16]
     store = config.cache / "tests"
     packed = store / f"{SUITE}-{len(packages)}-{key}.tar.zst"
     to.mkdir(parents=True)

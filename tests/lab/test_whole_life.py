@@ -282,7 +282,7 @@ def when(machine: Terminal, unit: str) -> int:
 
 def well(machine: Terminal) -> None:
     """The kernel has nothing to complain about."""
-    said = machine.type("dmesg | grep -E 'BUG|Oops|WARNING|Call Trace|rcu.*stall'", check=False).text
+    said = machine.type("dmesg | grep -E '\\bBUG\\b|Oops|WARNING|Call Trace|rcu.*stall'", check=False).text
     assert said == ""
 
 
@@ -301,14 +301,14 @@ def test_the_whole_life(server: Server, prepared: Prepared, capsys: pytest.Captu
             assert machine.type(f"sha256sum {name}.ko").text.split()[0] == prepared.tried[name][0]
 
         plan = machine.answer("kmend plan kmend_cmdline.ko --json")
-        assert plan["result"] == "loads"
+        assert plan["result"] == "would-load"
         machine.type("kmend load kmend_cmdline.ko")
         assert loaded(machine) == ["kmend_cmdline"]
         assert machine.type("cat /proc/cmdline").text.endswith(" kmend=1\n")
         assert "kmend_cmdline" in machine.type("kmend status").text
 
         plan = machine.answer("kmend plan kmend_both.ko --json")
-        assert (plan["result"], plan["replaced"]) == ("loads", ["kmend_cmdline"])
+        assert (plan["result"], plan["replaced"]) == ("would-load", ["kmend_cmdline"])
         machine.type("kmend load kmend_both.ko")
         assert loaded(machine) == ["kmend_both"]
         assert machine.type("cat /proc/version").text.startswith("kmend=2 ")
@@ -359,9 +359,9 @@ def test_the_whole_life(server: Server, prepared: Prepared, capsys: pytest.Captu
         assert enabled < lines.index("systemd[1]: systemd ")
         # the unit has found it in force
         assert machine.type("systemctl show -P Result kmend-load.service").text == "success\n"
-        assert "kmend_both is in force already" in machine.type("journalctl -b -u kmend-load.service").text
+        assert lines.count("livepatch: enabling patch") == 1
         assert machine.type("findmnt -n -o OPTIONS /").text.startswith("rw")
-        assert machine.type("findmnt -n -o TARGET -R / | sort | uniq -d").text == ""
+        assert machine.type("findmnt -rn -o TARGET | grep -v binfmt_misc | sort | uniq -d").text == ""
         assert boot(machine)["guard"] == "watching"
         machine.type("kmend healthy")
         assert boot(machine)["guard"] == "clear"
