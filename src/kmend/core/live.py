@@ -170,6 +170,7 @@ class Cause(Enum):
     TRACED = "traced"
     STOPPED = "stopped"
     FROZEN = "frozen"
+    ENDED = "ended"
     UNRELIABLE = "unreliable"
     UNKNOWN = "unknown"
 

@@ -163,6 +163,8 @@ def _cause(task: Task, in_function: bool) -> Cause:
     names = {frame.function for frame in task.stack or ()}
     if task.kthread:
         return Cause.KTHREAD_RUNNING if task.state == "R" else Cause.KTHREAD
+    if task.state in "ZX":
+        return Cause.ENDED
     if task.state == "t" or task.tracer:
         return Cause.TRACED
     if task.state == "T":
@@ -247,6 +249,9 @@ def _words(task: Task, cause: Cause, function: str, unpatching: bool, unseen: bo
             return f"is stopped{inside}", f"kill -CONT {task.pid} lets it go on"
         case Cause.FROZEN:
             return f"is frozen by its cgroup{inside}", "thaw its cgroup"
+        case Cause.ENDED:
+            # no stack counts as one without patched functions (stack_trace_save_tsk_reliable())
+            return "has ended, and waits for its parent to ask", "it switches at the kernel's next look"
         case Cause.UNRELIABLE:
             where = f"; it is in {task.stack[0]}" if task.stack else ""
             return (

@@ -107,8 +107,8 @@ def read_task(place: Place, pid: int, tid: int, *, brief: bool = False) -> Task 
         return None
     number = fields[6]
     if brief and fields[0] == "S" and number.isdigit() and not int(number) & PF_KTHREAD:
-        name = head.partition("(")[2]
-        process = name if pid == tid else optional(f"{place.proc}/{pid}/comm") or ""
+        name = printable(head.partition("(")[2])
+        process = name if pid == tid else printable(optional(f"{place.proc}/{pid}/comm") or "")
         stack = read_stack(place, pid, tid)
         return Task(pid, tid, name, process, "S", False, UNDEFINED, stack)
     status = _fields(optional(f"{folder}/status") or "")
