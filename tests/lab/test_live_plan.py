@@ -423,9 +423,11 @@ def test_a_direct_call_that_cannot_share_excludes_the_patch(guest: Guest) -> Non
     "kinds", [("fentry", "fexit"), ("fexit", "fentry")], ids=["entry-first", "exit-first"]
 )
 def test_bpf_programs_that_come_after_the_patch_leave_it_in_force(
-    guest: Guest, kinds: tuple[str, str]
+    guest: Guest, target: Target, kinds: tuple[str, str]
 ) -> None:
     """The second one changes the trampoline of the first. What the kernel does then, not what kmend does."""
+    if target.release.startswith("6.1.") and kinds[0] == "fentry":
+        pytest.skip("a fault of 6.1: it takes the patch out of force and kills ftrace; consistency-model.md")
     guest.run("echo 1 >/proc/sys/kernel/bpf_stats_enabled", check=True)
     assert inside.answer(guest, "load", "/root/newer.ko")["actions"][0]["result"] == "done"
     counters = []
