@@ -33,12 +33,7 @@ SUITE = "bookworm"
 #: Counts how :func:`unpacked` makes a root: one that was kept from before a change is made again.
 RECIPE = 2
 #: The programs that making a root takes, and the packages that have them.
-NEEDED = {
-    "debootstrap": "debootstrap",
-    "unshare": "util-linux",
-    "mke2fs": "e2fsprogs",
-    "debugfs": "e2fsprogs",
-}
+NEEDED = {"debootstrap": "debootstrap", "unshare": "util-linux", "mke2fs": "e2fsprogs"}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: ``$0`` is the folder, ``$1`` the command. /sys is there as in a container: this machine's, read-only.
 ENTER = f"""
@@ -267,12 +262,6 @@ class Server:
     disk: Path
     vmlinuz: Path
     initrd: Path
-
-    def refresh(self, name: str) -> None:
-        """Take the initramfs that the machine itself has made: ``name`` on its disk."""
-        self.initrd.unlink()
-        run(["debugfs", "-R", f"dump {name} {self.initrd}", self.disk])
-        assert self.initrd.stat().st_size > 1 << 20
 
     @contextmanager
     def up(self, *words: str, limit: float = 600.0) -> Iterator[Terminal]:
