@@ -405,7 +405,9 @@ def test_sleepers_are_woken_and_do_not_notice(line: Line) -> None:
 def test_what_cannot_be_woken_is_explained_and_the_patch_taken_back(line: Line) -> None:
     line.guest.run("/usr/sbin/insmod /root/sleeper.ko", check=True)
     found = line.act("load", "/root/kthread.ko", "--wait", "3")
-    assert (found["status"], found["result"], rules(found)) == (1, "reversed", ["transition-stalled"])
+    assert (found["status"], found["result"], rules(found)) == (1, "reversed", ["transition-stalled"]), (
+        json.dumps(found)
+    )
     assert "kernel thread" in found["refused"][0]["why"]
     assert "kmend-sleeper" in found["refused"][0]["why"]
     assert found["removed"] == ["kthread"]
@@ -485,7 +487,7 @@ def test_the_kernels_complaints_meanwhile_are_told(line: Line) -> None:
     assert found["status"] == 0
     assert [row["rule"] for row in found["warnings"]] == ["kernel-complained"]
     assert "kmend test" in str(found["warnings"]) or "warn+" in str(found["warnings"])
-    assert [row["callbacks"] for row in found["actions"]] == [["post_patch of vmlinux: warn()"]]
+    assert [row["callbacks"] for row in found["all"]] == [["post_patch of vmlinux: warn()"]]
     assert line.act("unload", "warning")["status"] == 0
 
 
