@@ -190,7 +190,7 @@ DIRECT = """
 #define give(ops) unregister_ftrace_direct_multi(ops, (unsigned long)direct_tramp)
 #else
 #define take(ops) register_ftrace_direct(ops, (unsigned long)direct_tramp)
-#define give(ops) unregister_ftrace_direct(ops, (unsigned long)direct_tramp, true)
+#define give(ops) unregister_ftrace_direct(ops, (unsigned long)direct_tramp, false)
 #endif
 void direct_tramp(void);
 asm(".pushsection .text, \\"ax\\", @progbits\\n"
