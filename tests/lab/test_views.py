@@ -15,7 +15,7 @@ from kmend.core.target import Target
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
 
-pytestmark = [pytest.mark.lab, pytest.mark.target]
+pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
 
 EVIL = "<script>x=1"  # TASK_COMM_LEN leaves 15 characters
 #: Two that sleep in hrtimer_nanosleep(), one of them under a name that is markup to a browser.

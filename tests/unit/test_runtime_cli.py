@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,10 @@ from kmend.core.live import (
 from kmend.core.taint import decode
 from kmend.manager import Choice, OnStall
 from kmend.report import live
+from kmend.runtime import kernel_state
 from kmend.runtime.journal import Record
 from kmend.runtime.observe import Seen
+from kmend.runtime.place import Place
 
 KERNEL = KernelState(
     "6.1.0", "#1", "ab" * 20, "b", True, 36864, decode(36864), True, "integrity", False, False
@@ -85,6 +88,24 @@ def test_everything_amiss_is_in_the_status() -> None:
         "note: a note",
     ):
         assert words in shown, words
+
+
+def test_patches_under_an_ftrace_that_died_are_not_called_in_force() -> None:
+    enabled = (patch("fix", Phase.ENABLED),)
+    words = "MAY NOT BE IN FORCE"
+    assert words in text(Seen(replace(KERNEL, ftrace_dead=True), enabled, (), None, (), False))
+    assert words not in text(Seen(KERNEL, enabled, (), None, (), False))
+
+
+def test_an_ftrace_that_died_is_told_by_its_sysctl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After ftrace_kill() it answers ENODEV."""
+
+    def read(path: Path) -> bytes:
+        raise OSError(errno.ENODEV, "no such device", path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    place = Place(tmp_path / "sys", tmp_path / "proc", tmp_path / "dev", tmp_path / "run")
+    assert kernel_state._ftrace(place) == (False, True)
 
 
 def test_an_empty_machine() -> None:

@@ -212,10 +212,12 @@ def live_lacks(kernel: KernelState | None) -> list[Lack]:
         lacks.append(
             Lack(
                 "ftrace, by which calls are redirected",
-                "kernel.ftrace_enabled is 0",
+                "it has shut itself down after a fault (see dmesg)"
+                if kernel.ftrace_dead
+                else "kernel.ftrace_enabled is 0",
                 ACTING_VERBS,
                 "",
-                "sysctl kernel.ftrace_enabled=1",
+                "reboot" if kernel.ftrace_dead else "sysctl kernel.ftrace_enabled=1",
             )
         )
     return lacks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
-from kmend.core.live import LivePatch
+from kmend.core.live import LivePatch, Phase
 from kmend.runtime import persistence
 from kmend.runtime.journal import Record
 from kmend.runtime.observe import Seen, observe
@@ -141,6 +141,9 @@ def lines(seen: Seen, name: str | None = None) -> Iterator[str]:
     from kmend.report import live
 
     yield from live.kernel_text(seen.kernel)
+    if seen.kernel.ftrace_dead and any(row.phase is Phase.ENABLED for row in seen.patches):
+        yield "  THE PATCHES BELOW MAY NOT BE IN FORCE, whatever they say: ftrace has shut itself down after"
+        yield "  a fault in the kernel, and functions may run their old code (see dmesg). Reboot."
     if seen.transition is not None:
         yield ""
         yield from live.transition_text(seen.transition)

@@ -213,7 +213,10 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class KernelState:
-    """The running kernel. Values that the kernel does not show, or not to this user, are None or ''."""
+    """The running kernel. Values that the kernel does not show, or not to this user, are None or ''.
+
+    ``ftrace_dead``: ftrace has shut itself down after a fault (``ftrace_kill()``), until the next boot.
+    """
 
     release: str
     version: str
@@ -226,6 +229,7 @@ class KernelState:
     lockdown: str
     modules_disabled: bool | None
     ftrace_enabled: bool | None
+    ftrace_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ def kernel_document(kernel: KernelState) -> dict[str, object]:
         "lockdown": kernel.lockdown,
         "modules_disabled": kernel.modules_disabled,
         "ftrace_enabled": kernel.ftrace_enabled,
+        "ftrace_dead": kernel.ftrace_dead,
     }
 
 
@@ -170,7 +171,9 @@ def kernel_text(kernel: KernelState) -> Iterator[str]:
         limits.append(f"lockdown: {kernel.lockdown}")
     if kernel.modules_disabled:
         limits.append("no more modules can be loaded in this boot")
-    if kernel.ftrace_enabled is False:
+    if kernel.ftrace_dead:
+        limits.append("ftrace has shut itself down: nothing can be patched before the next boot")
+    elif kernel.ftrace_enabled is False:
         limits.append("ftrace is off (kernel.ftrace_enabled=0): nothing can be patched")
     if limits:
         yield "  " + "; ".join(limits)

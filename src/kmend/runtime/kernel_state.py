@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -18,6 +19,7 @@ def read_kernel(place: Place) -> KernelState:
     taint = optional(place.proc / "sys/kernel/tainted")
     number = int(taint) if taint is not None and taint.isdigit() else None
     name = os.uname()
+    ftrace, dead = _ftrace(place)
     return KernelState(
         release=optional(place.proc / "sys/kernel/osrelease") or name.release,
         version=optional(place.proc / "sys/kernel/version") or name.version,
@@ -29,8 +31,22 @@ def read_kernel(place: Place) -> KernelState:
         signatures_enforced=flag(place.sys / "module/module/parameters/sig_enforce"),
         lockdown=_lockdown(place),
         modules_disabled=flag(place.proc / "sys/kernel/modules_disabled"),
-        ftrace_enabled=flag(place.proc / "sys/kernel/ftrace_enabled"),
+        ftrace_enabled=ftrace,
+        ftrace_dead=dead,
     )
+
+
+def _ftrace(place: Place) -> tuple[bool | None, bool]:
+    """Whether ftrace is on, and whether it has shut itself down.
+
+    After ``ftrace_kill()`` its sysctl answers ENODEV (``ftrace_enable_sysctl()``, kernel/trace/ftrace.c).
+    """
+    path = place.proc / "sys/kernel/ftrace_enabled"
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return (False, True) if error.errno == errno.ENODEV else (None, False)
+    return flag(path), False
 
 
 def _notes(place: Place) -> bytes:

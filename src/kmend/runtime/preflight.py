@@ -147,8 +147,10 @@ def _ftrace(kernel: KernelState) -> Check:
             Refusal(
                 "ftrace-off",
                 "nothing can be patched: ftrace is off",
-                "kernel.ftrace_enabled is 0",
-                "sysctl kernel.ftrace_enabled=1",
+                "it has shut itself down after a fault (see dmesg)"
+                if kernel.ftrace_dead
+                else "kernel.ftrace_enabled is 0",
+                "reboot" if kernel.ftrace_dead else "sysctl kernel.ftrace_enabled=1",
             ),
         )
     return Check("ftrace", True if kernel.ftrace_enabled else None, "ftrace is on")
