@@ -16,7 +16,7 @@ import lzma
 import os
 import struct
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -238,6 +238,7 @@ class RunningCode:
             self._memory.close()
             raise
         self._probed = _probed(place)
+        self._starts: list[int] = []
 
     def close(self) -> None:
         """Let go of the running kernel's memory."""
@@ -285,7 +286,8 @@ class RunningCode:
         section = self._image.section(".text")
         assert section is not None
         low = section.address + self._distance
-        for start in self._table.starts():
+        self._starts = self._table.starts()
+        for start in self._starts:
             if low <= start < low + section.size:
                 self._of_image(RunningSymbol(start, "t", f"{start:#x}", VMLINUX), found)
         return found
@@ -302,7 +304,11 @@ class RunningCode:
 
     def _size(self, address: int) -> int:
         """Up to the next symbol, as kallsyms_lookup_size_offset() has it."""
-        after = self._table.after(address)
+        if self._starts:  # every function is asked for: searching the text for each would take hours
+            at = bisect_right(self._starts, address)
+            after = self._starts[at] if at < len(self._starts) else None
+        else:
+            after = self._table.after(address)
         if after is None:
             raise Unable(f"the end of the function at {address:#x} is not known", rule="no-kcore")
         return after - address

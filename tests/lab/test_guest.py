@@ -216,7 +216,8 @@ def test_a_sound_snapshot_that_does_not_wake_is_replaced(kernel_55: LabKernel, t
 
 
 SLEEPER = """
-import sys, time
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 from pathlib import Path
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
