@@ -443,12 +443,16 @@ def test_a_killed_build_is_no_obstacle(cache: Path, out: Path) -> None:
     assert ask(build(cache, out)).status == 0
     took = time.perf_counter() - begun
     wanted = sorted(path.name for path in out.iterdir())
-    killed = 0
     for share in range(10):
-        shutil.rmtree(cache / "objects")
-        for path in out.iterdir():
-            path.unlink()
-        killed += kill_after(build(cache, out), took * (share + 1) / 11) == -signal.SIGKILL
+        status = 0
+        while status == 0:
+            shutil.rmtree(cache / "objects")
+            for path in out.iterdir():
+                path.unlink()
+            begun = time.perf_counter()
+            status = kill_after(build(cache, out), took * (share + 1) / 11)
+            took = min(took, time.perf_counter() - begun) if status == 0 else took  # sooner done than killed
+        assert status == -signal.SIGKILL
         # complete or absent, also at the moment of the kill
         assert sorted(path.name for path in out.iterdir()) in ([], wanted[1:], wanted)
         answer = ask([*build(cache, out), "--json"])
@@ -457,7 +461,6 @@ def test_a_killed_build_is_no_obstacle(cache: Path, out: Path) -> None:
         assert sorted(path.name for path in out.iterdir()) == wanted
         assert left(cache) == []
         assert files(cache) == set()
-    assert killed >= 7
 
 
 STEPS = ("applying the patch", "compiling 1 unit", "comparing", "proving")

@@ -358,7 +358,9 @@ def started() -> Iterator[object]:
         pid, fd = pty.fork()
         if pid == 0:
             program = PROGRAM.format(folder=folder, fails=fails)
-            os.execve(sys.executable, [sys.executable, "-c", program], {**os.environ, "TERM": term})
+            # an exported size, of another window, does not count
+            env = {**os.environ, "TERM": term, "COLUMNS": "61", "LINES": "7"}
+            os.execve(sys.executable, [sys.executable, "-c", program], env)
         made.append(Terminal(pid, fd))
         made[-1].size(30, 110)
         return made[-1]

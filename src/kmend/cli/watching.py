@@ -235,7 +235,8 @@ def screens(looker: Looker, interval: float) -> int:
 
     from kmend.report.watch import History, screen
 
-    console = Console()
+    # the window's own size: what a shell once exported of it does not follow when it changes
+    console = Console(_environ={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")})
     history, keys = History(), Keys()
     selected = 0
     shown = Live(
