@@ -171,6 +171,9 @@ def _cause(task: Task, in_function: bool) -> Cause:
         return Cause.STOPPED
     if names & set(_FREEZERS):
         return Cause.FROZEN
+    if task.state == "S" and task.stack and task.stack[0].function == "get_signal":
+        # do_freezer_trap() is inlined there; who else waits right there is stopped (T, t)
+        return Cause.FROZEN
     if task.state == "R":
         return Cause.RUNNING
     if task.state == "D":
