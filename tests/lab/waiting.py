@@ -115,6 +115,7 @@ def blockers_of_many(guest: Guest, number: int) -> tuple[dict[str, Any], float, 
 MANY = """
 cd /root
 rm -f ready
+echo 20000 >/proc/sys/kernel/threads-max
 (./idle threads NUMBER >ready 2>&1 </dev/null &)
 while ! grep -q ready ready; do grep idle: ready && exit 1; usleep 50000; done
 sleep 1

@@ -27,7 +27,8 @@ noinline int hall_wait(char how)
 		wait_event(hall_queue, READ_ONCE(hall_open));
 		break;
 	case 's':
-		while (!READ_ONCE(hall_open))
+		/* it never sleeps: the kernel's grace periods of RCU-tasks wait until it is killed */
+		while (!READ_ONCE(hall_open) && !signal_pending(current))
 			cond_resched();
 		break;
 	case 'k':
