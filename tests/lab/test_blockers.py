@@ -36,7 +36,9 @@ def guest(machine: Guest) -> Iterator[Guest]:
     """One test's tasks are not the next one's."""
     yield machine
     machine.run(waiting.END)
-    machine.run("echo open >/proc/hall; kmend unload --all; rmmod hall 2>/dev/null", timeout=200)
+    # in this order: a task that has switched finds nothing in the hall to open
+    machine.run("kill -9 $(cat /root/spinner); kmend unload --all", timeout=200)
+    machine.run("[ ! -e /proc/hall ] || { echo open >/proc/hall; sleep 1; rmmod hall; }")
 
 
 def test_user_tasks(guest: Guest) -> None:
@@ -88,6 +90,7 @@ def test_kernel_side(guest: Guest) -> None:
         check=True,
     ).text
     tasks = waiting.pids(text)
+    guest.put("/root/spinner", str(tasks["spin"]).encode())
     tasks["kthread"] = int(guest.run("pidof '[kmend-hall]' || pgrep kmend-hall", check=True).text.split()[0])
     loaded = inside.ask(guest, "load", "/root/hall_patch.ko", "--no-wait", timeout=200)
     assert loaded.status == 0, loaded.errors
