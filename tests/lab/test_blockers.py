@@ -116,7 +116,6 @@ def test_a_process_of_many_threads(guest: Guest) -> None:
     causes = {row["cause"] for row in transition["blockers"] if row["name"] == "threads"}
     assert causes == {"in-function"}
     assert memory < 100
-    assert seconds < 30  # under emulation, on a machine that does other things
     action = sleeping.act(guest, "load", "/root/blockers.ko")
     assert action["result"] == "done", action["why"]
     print(f"woken and switched in {action['transitions'][0]['seconds']:.1f} s")

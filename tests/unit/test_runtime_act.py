@@ -69,6 +69,12 @@ def said(*texts: str) -> tuple[KernelMessage, ...]:
             "f()",
         ),
         (
+            errno.EAGAIN,
+            "livepatch: failed to register ftrace handler for function 'f' (-11)",
+            "ftrace-race",
+            "BPF program",
+        ),
+        (
             errno.ENODEV,
             "livepatch: pre-patch callback failed for object 'ext4'",
             "pre-patch-callback",

@@ -1,8 +1,8 @@
 """What the kernel answers, in sentences: an error number alone has a dozen causes, the log tells which.
 
 The rows follow ``kernel/livepatch/core.c``, ``kernel/livepatch/patch.c``, ``kernel/module/main.c``,
-``kernel/module/signing.c``, ``arch/x86/kernel/module.c`` and ``security/lockdown/lockdown.c``; each was
-provoked on stock kernels.
+``kernel/module/signing.c``, ``arch/x86/kernel/module.c`` and ``security/lockdown/lockdown.c``; each but
+``ftrace-race`` was provoked on stock kernels.
 """
 
 from __future__ import annotations
@@ -120,6 +120,15 @@ _BY_LOG = (
         what="{0}() cannot be patched",
         why="it has no ftrace entry: it is notrace, or no function",
         next_step="patch a caller that can be traced",
+    ),
+    Answer(
+        # bpf_tramp_ftrace_ops_func(), kernel/bpf/trampoline.c: it cannot wait for the trampoline's lock
+        rule="ftrace-race",
+        pattern=r"livepatch: failed to register ftrace handler for function '(.+?)'",
+        what="a BPF program was being attached to or detached from {0}() at that moment",
+        why="its trampoline was locked; nothing was patched",
+        next_step="load it again",
+        number=errno.EAGAIN,
     ),
     Answer(
         rule="ftrace-conflict",
