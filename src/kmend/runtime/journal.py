@@ -28,6 +28,8 @@ SCHEMA = 1
 NAME = "log"
 #: The lock that whoever acts on the kernel holds, in ``/run``: it goes with the boot, as does what it guards.
 LOCK = "kmend.lock"
+#: Seconds to wait for it: who only asks whether it is free (:func:`is_free`) holds it for an instant.
+_LOCK_LIMIT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +249,10 @@ def forced(records: Iterable[Record], boot: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def acting(place: Place, verb: str) -> Iterator[None]:
+def acting(place: Place, verb: str, limit: float = _LOCK_LIMIT) -> Iterator[None]:
     """Hold the lock of whoever acts on the kernel; the kernel drops it when its holder dies.
+
+    ``limit``: for so many seconds another one's end is waited for.
 
     Raises:
         Refused: (rule ``busy``) another kmend acts now.
@@ -265,9 +269,7 @@ def acting(place: Place, verb: str) -> Iterator[None]:
             rule="unwritable",
         ) from error
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _locked(fd, time.monotonic() + limit):
             holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
             raise Refused(
                 [
@@ -278,7 +280,7 @@ def acting(place: Place, verb: str) -> Iterator[None]:
                         "wait until it ends (`kmend status --watch` shows what it does), or stop it",
                     )
                 ]
-            ) from error
+            )
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{verb}, process {os.getpid()}\n".encode(), 0)
         yield
@@ -287,6 +289,19 @@ def acting(place: Place, verb: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
         os.close(fd)
+
+
+def _locked(fd: int, deadline: float) -> bool:
+    """Take the lock; False: it is still held at the deadline."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 def is_free(place: Place) -> bool:
