@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 WAY_BACK = 60.0
 #: After `force` the kernel ends the transition at its next retry, within about a second.
 FORCED_LIMIT = 10.0
+#: Whoever answered "wait on" is asked again after so many seconds at the earliest.
+ASK_AGAIN = 10.0
 
 
 class OnStall(Enum):
@@ -205,7 +207,7 @@ class Manager:
         path = module.path
         began = time.monotonic()
         leftover = next((row for row in seen.left if row.name == module.name), None)
-        interrupted = [row for row in seen.unfinished if row.patch == module.name]
+        interrupted = [row for row in seen.resumable if row.patch == module.name]
         there = next((row for row in seen.patches if row.name == module.name), None)
         if there is not None and _same(there, module, interrupted):
             finished = self._continue(there, module, interrupted, following, seen)
@@ -215,19 +217,13 @@ class Manager:
         checks = [*examined.checks, *plan.objections(self.place, examined)]
         refusals = tuple(row.refusal for row in checks if row.refusal is not None)
         if refusals:
-            return ActionReport(
-                "load",
-                module.name,
-                Result.REFUSED,
-                f"{module.name} was not loaded",
-                checks=tuple(checks),
-                refused=refusals,
-                seconds=time.monotonic() - began,
-                began=began,
-            )
+            report = self._refused("load", module.name, seen, *refusals, what=f"{module.name} was not loaded")
+            return replace(report, checks=tuple(checks), seconds=time.monotonic() - began, began=began)
+        before = {row.name for row in seen.patches}
         detail: dict[str, object] = {
             "file": str(Path(path).absolute()),
             "sha256": module.sha256,
+            "before": sorted(before),
             "replace": module.replace,
             "functions": None
             if module.wanted is None
@@ -243,7 +239,6 @@ class Manager:
                 act.remove(self.place, module.name)
                 run.step(f"removed what a former {module.name} had left behind")
             self.progress.step(f"loading {module.name}")
-            before = {row.name for row in seen.patches}
             act.insert(module.name, fd, parameters, run.messages)
             run.step("the kernel took the module")
             run.called.begins(Phase.PATCHING)
@@ -321,18 +316,25 @@ class Manager:
         """Finish what another run began with this very module; None: there is nothing to finish."""
         if there.phase is not Phase.PATCHING and not (there.phase is Phase.ENABLED and interrupted):
             return None
-        detail: dict[str, object] = {"file": module.path, "sha256": module.sha256, "replace": module.replace}
-        detail |= _terms(following)
+        found = interrupted[-1].detail.get("before") if interrupted else None
+        before = set(map(str, found)) if isinstance(found, list) else set()
+        detail: dict[str, object] = {
+            "file": str(Path(module.path).absolute()),
+            "sha256": module.sha256,
+            "before": sorted(before),
+            "replace": module.replace,
+            **_terms(following),
+        }
 
         def work(run: _Run) -> ActionReport:
             run.step("it is loaded already; its transition is followed from here")
-            return self._patched(run, following, set())
+            return self._patched(run, following, before)
 
         text = "goes on with a load that was begun"
         return self._perform("load", module.name, text, detail, seen, work)
 
     def _patched(self, run: _Run, following: Following, before: set[str]) -> ActionReport:
-        """Follow the patching, deal with a stall, remove what was replaced."""
+        """Follow the patching, deal with a stall, remove what it replaced of the patches ``before``."""
         if not following.wait:
             return self._report(run, Result.PENDING, f"{run.patch} is loaded; its transition goes on")
         report = self._follow(run, Phase.PATCHING, following)
@@ -341,8 +343,7 @@ class Manager:
         seen = self._observe()
         run.replaced = tuple(sorted(before - {row.name for row in seen.patches} - {run.patch}))
         for row in seen.left:
-            # also those that a killed run had replaced; a module with references is not ours to wait for
-            if row.phase is Phase.LEFT and (row.name in run.replaced or _unused(row)) and not row.forced:
+            if row.phase is Phase.LEFT and row.name in run.replaced and not row.pinned_by:
                 self._remove_quietly(run, row.name)
         took = run.followed[-1].seconds if run.followed else 0.0
         why = f"{run.patch} is in force; the transition took {took:.1f} s"
@@ -403,8 +404,10 @@ class Manager:
         act.require_power(self.place, verb)
         with journal.acting(self.place, f"{verb} {name}"):
             seen = self._observe()
-            if seen.named(name) is None and any(row.patch == name for row in seen.unfinished):
-                # killed when all was done but the last line of the journal
+            if seen.named(name) is None and any(
+                row.patch == name and row.result != journal.PENDING for row in seen.resumable
+            ):
+                # killed or interrupted when all was done but the last line of the journal
                 return self._perform(
                     verb,
                     name,
@@ -412,15 +415,15 @@ class Manager:
                     {},
                     seen,
                     lambda run: self._report(
-                        run, Result.DONE, f"{name} is gone: what was killed had done it"
+                        run, Result.DONE, f"{name} is gone: what was interrupted had done it"
                     ),
                 )
             patch = _known(seen, name)
             moving = next((row for row in seen.patches if row.phase.moving and row.name != name), None)
             if patch.phase is Phase.COMING:
-                return _refused(verb, name, _coming(name))
+                return self._refused(verb, name, seen, _coming(name))
             if moving is not None and patch.phase is Phase.ENABLED:
-                return _refused(verb, name, _other_transition(moving, seen))
+                return self._refused(verb, name, seen, _other_transition(moving, seen))
 
             def work(run: _Run) -> ActionReport:
                 if patch.phase in (Phase.ENABLED, Phase.PATCHING):
@@ -465,9 +468,9 @@ class Manager:
             patch = _known(seen, name)
             match patch.phase:
                 case Phase.COMING:
-                    return _refused("enable", name, _coming(name))
+                    return self._refused("enable", name, seen, _coming(name))
                 case Phase.LEFT:
-                    return _refused("enable", name, self._not_enabled_again(name, seen))
+                    return self._refused("enable", name, seen, self._not_enabled_again(name, seen))
                 case Phase.ENABLED:
                     return ActionReport("enable", name, Result.DONE, f"{name} is enabled already")
                 case Phase.PATCHING | Phase.UNPATCHING | Phase.DISABLED:
@@ -507,23 +510,24 @@ class Manager:
             seen = self._observe()
             patch = _known(seen, name)
             if not patch.phase.moving:
-                return _refused("force", name, _no_transition(patch))
+                return self._refused("force", name, seen, _no_transition(patch))
             if not confirmed:
                 return replace(
-                    _refused("force", name, _not_confirmed(name, seen.transition)),
+                    self._refused("force", name, seen, _not_confirmed(name, seen.transition)),
                     followed=(Followed(End.STALLED, 0.0, last=seen.transition),),
                 )
             left = seen.transition.left if seen.transition else 0
+            pins = _pins(patch, seen)
 
             def work(run: _Run) -> ActionReport:
                 act.force(self.place, name, run.messages)
-                run.step(f"forced {tasks(left)}", forced=patch.phase.value)
+                run.step(f"forced {tasks(left)}", forced=patch.phase.value, pins=pins)
                 found = run.follow(self._follower(run, patch.phase, Patience(limit=FORCED_LIMIT, wake=False)))
                 run.followed[-1] = replace(found, last=seen.transition)
                 if found.end is not End.COMPLETE:
                     return self._report(run, Result.STALLED, f"{name} was forced, but has not ended yet")
                 run.called.ends(patch.phase)
-                return self._report(run, Result.DONE, f"{name} was forced: {_forced_words(patch)}")
+                return self._report(run, Result.DONE, f"{name} was forced: {_forced_words(patch, pins)}")
 
             return self._perform("force", name, f"{tasks(left)} left", {}, seen, work)
 
@@ -540,10 +544,10 @@ class Manager:
             if name is not None:
                 patch = _known(seen, name)
                 if not patch.phase.moving:
-                    return _refused("signal", name, _no_transition(patch))
+                    return self._refused("signal", name, seen, _no_transition(patch))
             if moving is None:
                 none = Refusal("no-transition", "no transition is under way", "nothing waits", "kmend status")
-                return _refused("signal", name or "", none)
+                return self._refused("signal", name or "", seen, none)
 
             def work(run: _Run) -> ActionReport:
                 rows = seen.transition.blockers if seen.transition else ()
@@ -592,7 +596,8 @@ class Manager:
             run.step(f"stalled after {found.seconds:.0f} s with {_left(found)}; now: {choice.value}")
             match choice:
                 case Choice.WAIT:
-                    patience = replace(patience, limit=math.inf if self.ask is None else patience.limit)
+                    asked = following.on_stall is OnStall.ASK
+                    patience = replace(patience, limit=max(patience.limit, ASK_AGAIN) if asked else math.inf)
                 case Choice.LEAVE:
                     return self._report(
                         run,
@@ -629,10 +634,9 @@ class Manager:
             case End.REVERSED:
                 return None
             case End.STALLED:
-                report = self._report(
-                    run, Result.STALLED, f"{run.patch} was turned round and has not ended", "kmend blockers"
-                )
-                return replace(report, refused=(refusal, _stalled(run.patch, back, found)))
+                why = f"{run.patch} was turned round and has not ended"
+                stalled = _stalled(run.patch, back, found)
+                return self._report(run, Result.STALLED, why, "kmend blockers", refused=(refusal, stalled))
             case End.COMPLETE:
                 run.step(f"{back.value} is complete after {found.seconds:.1f} s")
                 run.called.ends(back)
@@ -644,21 +648,37 @@ class Manager:
         """Somebody else took the patch back, or kept it: what this load brought goes with it."""
         if run.verb == "load" and read_patch(self.place, run.patch, objects=False) is None:
             self._remove_quietly(run, run.patch)
-        return replace(self._report(run, Result.FAILED, refusal.what), refused=(refusal,))
+        return self._report(run, Result.FAILED, refusal.what, refused=(refusal,))
 
-    def _reverse(self, run: _Run, goal: Phase, following: Following, stalled: Followed) -> ActionReport:
-        """Go back to how it was before: the stall's reason is what is reported."""
+    def _reverse(
+        self, run: _Run, goal: Phase, following: Following, stalled: Followed
+    ) -> ActionReport | None:
+        """Go back to how it was before: the stall's reason is what is reported.
+
+        None: there was no way back any more, as the transition had reached its goal.
+        """
         refusal = _stalled(run.patch, goal, stalled)
         back = _other_way(goal)
-        act.set_enabled(self.place, run.patch, back is Phase.PATCHING, run.messages)
-        patience = replace(following.patience, limit=max(following.patience.limit, WAY_BACK))
-        found = run.follow(self._follower(run, back, patience))
-        if found.end is not End.COMPLETE:
-            why = f"{run.patch} does not come to an end in either direction"
-            return replace(
-                self._report(run, Result.STALLED, why, "kmend blockers says what it waits for"),
-                refused=(refusal, _stalled(run.patch, back, found)),
+        found = None
+        if act.set_enabled(self.place, run.patch, back is Phase.PATCHING, run.messages):
+            patience = replace(following.patience, limit=max(following.patience.limit, WAY_BACK))
+            found = run.follow(self._follower(run, back, patience))
+        if found is None or found.end is End.GONE:
+            if goal is Phase.PATCHING:
+                return self._interfered(run, _taken_away(run.patch))
+            run.step("it ended just then")
+            run.called.ends(goal)
+            return None
+        if found.end is End.REVERSED:
+            turned = _turned_again(run.patch, goal)
+            return self._report(
+                run, Result.STALLED, turned.what, "kmend status --watch", refused=(refusal, turned)
             )
+        if found.end is End.STALLED:
+            why = f"{run.patch} does not come to an end in either direction"
+            stuck = _stalled(run.patch, back, found)
+            next_step = "kmend blockers says what it waits for"
+            return self._report(run, Result.STALLED, why, next_step, refused=(refusal, stuck))
         run.step(f"{back.value} is complete after {found.seconds:.1f} s")
         run.called.ends(back)
         if back is Phase.PATCHING:
@@ -667,7 +687,7 @@ class Manager:
             if run.verb == "load" and act.remove(self.place, run.patch):
                 run.removed.append(run.patch)
             why = f"{run.patch} could not be brought into force, and was taken back"
-        return replace(self._report(run, Result.REVERSED, why), refused=(refusal,))
+        return self._report(run, Result.REVERSED, why, refused=(refusal,))
 
     # -- what all actions share ----------------------------------------------------------------------
 
@@ -705,19 +725,29 @@ class Manager:
         try:
             return work(run)
         except KmendError as error:
-            report = self._report(run, Result.REFUSED, error.what)
-            return replace(report, refused=error.reasons)
+            return self._report(run, Result.REFUSED, error.what, refused=error.reasons)
         except BaseException as error:  # Ctrl-C, SIGTERM: the kernel goes on with what was begun
-            action.end("interrupted", f"stopped by {type(error).__name__}; the kernel was left as it is")
+            action.end(
+                journal.INTERRUPTED, f"stopped by {type(error).__name__}; the kernel was left as it is"
+            )
             raise
         finally:
             if log is not None:
                 log.close()
 
-    def _report(self, run: _Run, result: Result, why: str, next_step: str = "") -> ActionReport:
+    def _refused(self, verb: str, name: str, seen: Seen, *refusals: Refusal, what: str = "") -> ActionReport:
+        """The report of an action that was not even begun; the journal has one line of it."""
+        what = what or refusals[0].what
+        by = journal.who(self.place, " ".join(sys.argv[:8]))
+        self._journal(seen.kernel.boot_id).refused(verb, name, by, what, refusals)
+        return ActionReport(verb, name, Result.REFUSED, what, refused=refusals)
+
+    def _report(
+        self, run: _Run, result: Result, why: str, next_step: str = "", refused: tuple[Refusal, ...] = ()
+    ) -> ActionReport:
         """The report of an action, which ends here in the journal too."""
         messages = run.messages()
-        run.action.end("done" if result in (Result.DONE, Result.PENDING) else result.value, why)
+        run.action.end(result.value, why, **journal.reasons(refused))
         return ActionReport(
             verb=run.verb,
             patch=run.patch,
@@ -728,6 +758,7 @@ class Manager:
             steps=tuple(run.steps),
             followed=tuple(run.followed),
             replaced=run.replaced,
+            refused=refused,
             callbacks=run.called.told(),
             removed=tuple(run.removed),
             warnings=tuple(_warnings(messages, run.action.journal)),
@@ -917,13 +948,17 @@ def _unused(row: LivePatch) -> bool:
 def _leftover_check(row: LivePatch) -> Check:
     if row.phase is Phase.COMING:
         refusal = _coming(row.name)
-    elif row.forced or not _unused(row):
+    elif not _unused(row):
         references = row.module.references if row.module is not None else None
         refusal = Refusal(
             "module-in-use",
             f"a former {row.name} is still loaded",
             f"its module has {references} references"
-            + ("; a transition of it was forced" if row.forced else ""),
+            + (
+                f"; the forced transition of {row.pinned_by} keeps it until the next boot"
+                if row.pinned_by
+                else ""
+            ),
             "build the patch with another name (-n)",
         )
     else:
@@ -931,10 +966,6 @@ def _leftover_check(row: LivePatch) -> Check:
             "leftover", True, f"an unused module of a former {row.name} is there: it is removed first"
         )
     return Check("leftover", False, refusal.what, refusal)
-
-
-def _refused(verb: str, name: str, refusal: Refusal) -> ActionReport:
-    return ActionReport(verb, name, Result.REFUSED, refusal.what, refused=(refusal,))
 
 
 def _coming(name: str) -> Refusal:
@@ -979,13 +1010,23 @@ def _not_confirmed(name: str, transition: Transition | None) -> Refusal:
     )
 
 
-def _forced_words(patch: LivePatch) -> str:
+def _pins(patch: LivePatch, seen: Seen) -> list[str]:
+    """Whose modules forcing this transition keeps until the next boot: see :class:`journal.Forced`."""
+    if patch.phase is Phase.UNPATCHING:
+        return [patch.name]
+    if patch.replace is False:
+        return []
+    # where it is not known whether it replaces them, what becomes of them tells
+    return [row.name for row in seen.patches if row.name != patch.name]
+
+
+def _forced_words(patch: LivePatch, pins: Sequence[str]) -> str:
     if patch.phase is Phase.UNPATCHING:
         return "its module stays loaded until the next boot, as tasks may still run its code"
-    return (
-        "tasks may go on in the old functions until they leave them; modules of patches that it replaced "
-        "stay loaded until the next boot"
+    kept = (
+        f"; the modules of {', '.join(pins)}, if it replaced them, stay until the next boot" if pins else ""
     )
+    return f"tasks may go on in the old functions until they leave them{kept}"
 
 
 def _left(found: Followed) -> str:
@@ -1018,6 +1059,16 @@ def _turned(name: str, goal: Phase) -> Refusal:
         f"somebody else turned the transition of {name} round: it {kept}",
         f"while kmend followed its {goal.value}, something wrote to /sys/kernel/livepatch/{name}/enabled",
         "find out who works on this kernel beside you, then run the command again",
+    )
+
+
+def _turned_again(name: str, goal: Phase) -> Refusal:
+    return Refusal(
+        "turned-round",
+        f"while kmend took the stalled transition of {name} back, somebody turned it round again: "
+        f"its {goal.value} goes on",
+        f"something wrote to /sys/kernel/livepatch/{name}/enabled",
+        "find out who works on this kernel beside you; kmend status --watch",
     )
 
 

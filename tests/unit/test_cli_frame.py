@@ -117,19 +117,35 @@ def test_log_goes_elsewhere_when_the_cache_cannot_be_written(
     Path(place).unlink()
 
 
-def test_interrupt_and_termination(verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt(verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str]) -> None:
     verb(raising(KeyboardInterrupt()))
     assert main(["probe"]) == 130
     assert capsys.readouterr().err == "\nkmend: interrupted\n"
 
-    def terminated(context: Context) -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_signals_that_end_it(verb: Callable[[Run], None], number: signal.Signals) -> None:
+    def ended(context: Context) -> int:
+        os.kill(os.getpid(), number)
         raise AssertionError("the signal did not arrive")
 
-    before = signal.getsignal(signal.SIGTERM)
-    verb(terminated)
-    assert main(["probe"]) == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = signal.getsignal(number)
+    verb(ended)
+    assert main(["probe"]) == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_keeps_what_it_is_for(verb: Callable[[Run], None]) -> None:
+    def goes_on(context: Context) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    verb(goes_on)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["probe"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kmend.core.live import ActionReport, End, KernelState, LivePatch, Phase, Re
 from kmend.core.progress import Silent
 from kmend.core.taint import decode
 from kmend.report.action import succeeded, to_document, to_text
-from kmend.runtime import act, answers, btf, kcore, preflight, wake
+from kmend.runtime import act, answers, btf, journal, kcore, preflight, wake
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.observe import Seen
 from kmend.runtime.place import Place
@@ -200,7 +201,7 @@ def test_what_does_not_stop_is_let_go_at_the_deadline() -> None:
         return {1: (1, signal.SIGTERM << 8 | 0x7F), 2: (0, 0), 4: (4, 0)}[tid]
 
     woken = Woken()
-    wake._interrupt_all([1, 2, 3, 4], 0.02, woken, ptrace, waitpid)
+    wake._batch([1, 2, 3, 4], 0.02, woken, ptrace, waitpid)
     assert woken.interrupted == [1, 4]
     assert woken.failed.keys() == {2, 3}
     assert "uninterruptibly" in woken.failed[2]
@@ -424,6 +425,35 @@ def test_writing_to_a_patch_that_went_is_no_failure(place: Place) -> None:
     with pytest.raises(Refused) as error:
         act.force(place, "absent", tuple)
     assert error.value.rule == "no-transition"
+
+
+def test_a_patch_whose_unpatching_has_just_ended_cannot_be_turned_round(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EINVAL, while its folder is still there for a moment (enabled_store(), klp_free_patch_async())."""
+    monkeypatch.setattr(act, "write_attribute", lambda *_: errno.EINVAL)
+    folder = place.livepatch / "fix"
+    write(folder / "enabled", "0\n")
+    threading.Timer(0.1, shutil.rmtree, [folder]).start()
+    assert act.set_enabled(place, "fix", True, tuple) is False
+    write(folder / "enabled", "0\n")
+    with pytest.raises(Refused):  # it stays, and the kernel says no
+        act.set_enabled(place, "fix", True, tuple)
+
+
+def test_a_name_that_is_no_text_stops_no_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def syslog(_level: int, line: str) -> None:
+        told.append(line)
+        line.encode()  # as the C library's string
+
+    monkeypatch.setattr(journal.syslog, "syslog", syslog)
+    book = journal.Journal(tmp_path, "b")
+    by = journal.Who("root", "", 1, "kmend load /root/\udcff.ko")
+    book.begin("load", "fix", by, "from /root/\udcff\0.ko", {}).end("done", "")
+    assert len(told) == 2
+    assert [row.event for row in book.records()] == ["begin", "end"]
 
 
 def test_structures_out_of_btf() -> None:

@@ -53,7 +53,10 @@ MOVING = Transition("fix", Phase.PATCHING, 1, 50, 12, (BLOCKER,))
 def patch(name: str, phase: Phase, *, forced: bool = False) -> LivePatch:
     rows = (LiveFunction("f", 1, "upper"), LiveFunction("g", 2))
     module = LiveModule(name, 0, "live", "OEK", (), {"title": "a fix", "kmend": "0.1", "kernel": "6.1.0"})
-    return LivePatch(name, phase, True, 1, False, (LiveObject("vmlinux", True, rows),), module, forced)
+    pinned_by = "fix" if name == "pinned" else ""
+    return LivePatch(
+        name, phase, True, 1, False, (LiveObject("vmlinux", True, rows),), module, forced, pinned_by
+    )
 
 
 def text(seen: Seen) -> str:
@@ -65,7 +68,7 @@ def test_everything_amiss_is_in_the_status() -> None:
     seen = Seen(
         KERNEL,
         (patch("fix", Phase.PATCHING, forced=True),),
-        (patch("old", Phase.LEFT), patch("pinned", Phase.LEFT, forced=True)),
+        (patch("old", Phase.LEFT), patch("pinned", Phase.LEFT)),
         MOVING,
         (killed,),
         False,
@@ -83,7 +86,8 @@ def test_everything_amiss_is_in_the_status() -> None:
         "shadowed by upper: f",
         "title: a fix",
         "remove it with: kmend unload old",
-        "it stays until the next boot",
+        "its module is kept until the next boot by the forced transition of fix",
+        "nothing removes it before the next boot",
         "`kmend load fix` of admin (process 4711) was killed",
         "note: a note",
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from kmend import manager as module
+from kmend.core import kmsg
 from kmend.core.config import Config
 from kmend.core.errors import UsageError
 from kmend.core.live import End, Followed, Phase, Result
 from kmend.core.progress import Silent
 from kmend.manager import Choice, Following, Manager, OnStall
-from kmend.runtime import act, journal
+from kmend.runtime import act, journal, klog
 from kmend.runtime.follow import Patience
 from kmend.runtime.journal import Journal
 from kmend.runtime.place import Place
@@ -317,6 +319,163 @@ def test_an_unload_that_was_killed_after_its_work_is_at_its_end(machine: Machine
     Journal(machine.state, "b").begin("unload", "fix", by, "it is enabled", {})
     machine.manager().close_killed("unload --all")
     assert module.observe(machine.place, machine.state).unfinished == ()
+
+
+def left_behind(machine: Machine, name: str, references: int) -> None:
+    """Its folder is gone, its module is there."""
+    for file in (machine.place.livepatch / name).glob("*"):
+        file.unlink()
+    (machine.place.livepatch / name).rmdir()
+    write(machine.place.module(name) / "initstate", "live\n")
+    write(machine.place.module(name) / "taint", "OEK\n")
+    write(machine.place.module(name) / "refcnt", f"{references}\n")
+
+
+def other_patch(machine: Machine) -> None:
+    write(machine.place.livepatch / "old/enabled", "1\n")
+    write(machine.place.livepatch / "old/transition", "0\n")
+    write(machine.place.proc / "modules", "fix 1 1 - Live 0x0\nold 1 1 - Live 0x0\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "gone", "pins"),
+    [
+        # klp_force_transition(): into force it pins nothing of its own, out of force it pins itself
+        ((1, 1), ("fix", 0), {"fix": ""}),
+        ((0, 1), ("fix", 1), {"fix": "fix"}),
+        # a patch that it replaced stays; one that stayed enabled and went later in the ordinary way does not
+        ((1, 1), ("old", 1), {"old": "fix"}),
+        ((1, 1), ("old", 0), {"old": ""}),
+    ],
+)
+def test_what_a_forced_transition_pins(
+    machine: Machine, state: tuple[int, int], gone: tuple[str, int], pins: dict[str, str]
+) -> None:
+    machine.patch(*state)
+    other_patch(machine)
+    machine.ends = [End.COMPLETE]
+    assert machine.manager().force("fix", confirmed=True).result is Result.DONE
+    left_behind(machine, *gone)
+    seen = module.observe(machine.place, machine.state)
+    assert {row.name: row.pinned_by for row in seen.left} == pins
+
+
+def test_a_patch_that_is_loaded_afresh_was_not_forced(machine: Machine) -> None:
+    machine.patch(1, 1)
+    machine.ends = [End.COMPLETE]
+    machine.manager().force("fix", confirmed=True)
+    by = journal.Who("root", "", 1, "kmend")
+    Journal(machine.state, "b").begin("load", "fix", by, "", {}).end("done", "")
+    assert [row.forced for row in module.observe(machine.place, machine.state).patches] == [False]
+
+
+BACK = ("'fix': starting unpatching transition",)
+FORCING = "livepatch: forcing remaining tasks to the patched state"
+
+
+@pytest.mark.parametrize(
+    ("lines", "forced", "pinned_by"),
+    [
+        (["'fix': starting patching transition", FORCING], [True], "fix"),
+        (["'fix': starting patching transition", FORCING, "enabling patch 'fix'"], [False], "fix"),
+        (["'fix': starting unpatching transition", FORCING], [True], ""),
+        (["'old': starting unpatching transition", FORCING], [False], "old"),
+        (["'fix': starting patching transition", *BACK, FORCING], [True], ""),
+    ],
+)
+def test_what_a_hand_forced_is_in_the_kernels_log(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, lines: list[str], forced: list[bool], pinned_by: str
+) -> None:
+    machine.patch()
+    other_patch(machine)
+    left_behind(machine, "old", 1)
+    texts = [row if row.startswith("livepatch") else f"livepatch: {row}" for row in lines]
+    rows = [klog.Record(at, kmsg.KernelMessage(float(at), 4, row)) for at, row in enumerate(texts)]
+
+    def read(_place: Place, word: bytes = b"") -> tuple[klog.Record, ...]:
+        return tuple(row for row in rows if word.decode() in row.message.text)
+
+    monkeypatch.setattr(klog, "read_all", read)
+    seen = module.observe(machine.place, machine.state)
+    assert [row.forced for row in seen.patches] == forced
+    assert [row.pinned_by for row in seen.left] == [pinned_by]
+
+
+def test_what_is_refused_is_in_the_journal(machine: Machine) -> None:
+    machine.patch()
+    machine.manager().force("fix", confirmed=True)
+    (row,) = Journal(machine.state, "b").records()
+    assert (row.event, row.verb, row.result) == ("end", "force", "refused")
+    assert row.detail["rules"] == ["no-transition"]
+    assert journal.unfinished([row], "b") == ()
+
+
+class Stopped(list[End]):
+    """Ctrl-C comes while the transition is followed."""
+
+    def pop(self, _at: object = 0) -> End:
+        raise KeyboardInterrupt
+
+
+def test_the_same_command_goes_on_with_what_was_interrupted(machine: Machine) -> None:
+    machine.patch()
+    machine.ends = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        machine.manager().unload("fix", Following())
+    for file in ("initstate", "taint", "refcnt"):
+        (machine.place.module("fix") / file).unlink()
+    for file in ("enabled", "transition"):
+        (machine.place.livepatch / "fix" / file).unlink()
+    assert machine.manager().unload("fix", Following()).result is Result.DONE
+    with pytest.raises(UsageError):  # from then on it is as unknown as any other
+        machine.manager().unload("fix", Following())
+
+
+@pytest.mark.parametrize("result", ["interrupted", "pending"])
+def test_what_the_same_command_goes_on_with(result: str, tmp_path: Path) -> None:
+    book, by = Journal(tmp_path, "b"), journal.Who("root", "", 1, "kmend")
+    book.begin("load", "fix", by, "", {}).end(result, "")
+    assert [row.result for row in journal.resumable(book.records(), "b")] == [result]
+    book.refused("load", "fix", by, "no", [])  # changes nothing
+    assert [row.result for row in journal.resumable(book.records(), "b")] == [result]
+    book.begin("disable", "fix", by, "", {}).end("done", "")
+    assert journal.resumable(book.records(), "b") == ()
+
+
+def test_a_stall_that_ends_before_it_is_turned_round_is_none(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.patch(0, 1)
+    machine.ends = [End.STALLED]
+    monkeypatch.setattr(act, "set_enabled", lambda *_: False)
+    assert machine.manager().unload("fix", Following()).result is Result.DONE
+    assert machine.done == ["rmmod fix"]
+    machine.patch(0, 1)
+    machine.ends = [End.STALLED, End.GONE]
+    monkeypatch.setattr(act, "set_enabled", lambda *_: True)
+    assert machine.manager().unload("fix", Following()).result is Result.DONE
+
+
+def test_whoever_turns_the_way_back_round_is_told_of(machine: Machine) -> None:
+    machine.patch(0, 1)
+    machine.ends = [End.STALLED, End.REVERSED]
+    report = machine.manager().unload("fix", Following())
+    assert report.result is Result.STALLED
+    assert [row.rule for row in report.refused] == ["transition-stalled", "turned-round"]
+    assert "its unpatching goes on" in report.why
+
+
+def test_waiting_on_is_waiting_without_an_end_also_at_a_terminal(machine: Machine) -> None:
+    machine.patch(0, 1)
+    machine.ends = [End.STALLED, End.COMPLETE]
+    following = Following(on_stall=OnStall.WAIT, patience=Patience(limit=0))
+    report = machine.manager().unload("fix", following)
+    assert [row.seconds for row in report.followed] == [0, math.inf]
+    machine.patch(0, 1)
+    machine.ends, machine.choices = [End.STALLED, End.COMPLETE], [Choice.WAIT]
+    following = Following(on_stall=OnStall.ASK, patience=Patience(limit=0))
+    report = machine.manager().unload("fix", following)
+    assert [row.seconds for row in report.followed] == [0, module.ASK_AGAIN]
 
 
 def test_an_unknown_name(machine: Machine) -> None:

@@ -25,6 +25,8 @@ from kmend.core.errors import Failed, KmendError, Refused, UsageError
 
 #: Status of a run that a signal ended, as shells count it.
 INTERRUPTED = 128 + signal.SIGINT
+#: What asks kmend to end: SIGHUP comes when the terminal or the connection goes.
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 #: Seconds after which a thread that computes lets another one go on. Ours mostly start and await compilers;
 #: Python's 5 ms would hold each of their steps up for as long as the main thread loads code.
@@ -140,17 +142,20 @@ def guarded(args: list[str]) -> int:
         context = context_of(arguments)
         if context.debug:
             show_log()
-        previous = signal.signal(signal.SIGTERM, terminate)
+        # whom nohup has made deaf to the end of the session stays so
+        asked = [row for row in ENDING if signal.getsignal(row) is not signal.SIG_IGN]
+        previous = {row: signal.signal(row, terminate) for row in asked}
         try:
             status: int = arguments.run(arguments, context)
         finally:
             context.progress.close()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     except SystemExit as end:  # --help and --version
         return end.code if isinstance(end.code, int) else 2
-    except Terminated:
+    except Terminated as end:
         sys.stderr.write("kmend: terminated\n")
-        return 128 + signal.SIGTERM
+        return 128 + end.number
     except KeyboardInterrupt:
         sys.stderr.write("\nkmend: interrupted\n")
         return INTERRUPTED
@@ -164,12 +169,16 @@ def guarded(args: list[str]) -> int:
 
 
 class Terminated(BaseException):
-    """SIGTERM came. An exception, so that children are killed and scratch files removed on the way out."""
+    """SIGTERM or SIGHUP came. An exception, so that children are killed and scratch files removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def terminate(_number: int, _frame: FrameType | None) -> None:
-    """Signal handler of SIGTERM."""
-    raise Terminated
+def terminate(number: int, _frame: FrameType | None) -> None:
+    """Their signal handler."""
+    raise Terminated(number)
 
 
 def parser() -> Parser:

@@ -35,7 +35,7 @@ def run(_args: argparse.Namespace, context: Context) -> int:
         (
             str(row.order or "-"),
             row.name,
-            row.phase.value + (" (forced)" if row.forced else ""),
+            row.phase.value + (" (pinned)" if row.pinned_by else " (forced)" if row.forced else ""),
             "-" if row.replace is None else "yes" if row.replace else "no",
             str(row.functions) if row.order else "-",
             ",".join(obj.name for obj in row.objects) or "-",

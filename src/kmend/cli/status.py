@@ -168,8 +168,8 @@ def lines(seen: Seen, name: str | None = None) -> Iterator[str]:
 
 def leftover(patch: LivePatch) -> str:
     """What to do about a module without a patch."""
-    if patch.forced:
-        return "a forced transition may have left tasks in its code: it stays until the next boot"
+    if patch.pinned_by:
+        return "tasks may still run its code: nothing removes it before the next boot"
     if patch.module is not None and patch.module.references:
         return "it stays until its references are gone"
     return f"remove it with: kmend unload {patch.name}"

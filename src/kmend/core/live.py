@@ -99,7 +99,8 @@ class LivePatch:
     ``replace`` is None where neither sysfs (since 6.11) nor kmend's journal tells. ``order`` counts from 1 at
     the bottom of the stack; ``order_shown``: the kernel itself says so (since 6.14), else it is computed
     from the order in which the modules were loaded. ``forced``: kmend or the kernel log know that a
-    transition of it was forced.
+    transition of it was forced; ``pinned_by``: the patch whose forced transition keeps this one's module
+    until the next boot ('': none).
     """
 
     name: str
@@ -110,6 +111,7 @@ class LivePatch:
     objects: tuple[LiveObject, ...]
     module: LiveModule | None
     forced: bool = False
+    pinned_by: str = ""
 
     @property
     def functions(self) -> int:

@@ -73,6 +73,7 @@ def patch_document(patch: LivePatch) -> dict[str, object]:
         "order": patch.order,
         "order_from": "kernel" if patch.order_shown else "computed",
         "forced": patch.forced,
+        "pinned_by": patch.pinned_by or None,
         "objects": [object_document(row) for row in patch.objects],
         "module": module_document(patch.module),
     }
@@ -186,7 +187,9 @@ def patch_line(patch: LivePatch) -> str:
         facts.append("replaces all below")
     if patch.forced:
         facts.append("FORCED: tasks may still run code of the other side")
-    if patch.module and patch.module.references is not None and patch.phase is Phase.LEFT:
+    if patch.pinned_by:
+        facts.append(f"its module is kept until the next boot by the forced transition of {patch.pinned_by}")
+    elif patch.module and patch.module.references is not None and patch.phase is Phase.LEFT:
         facts.append(
             "its module is loaded and unused"
             if patch.module.references == 0

@@ -413,11 +413,12 @@ def _stack(view: View, patches: Sequence[LivePatch]) -> Table:
     for row in patches:
         style = _GOOD if row.phase is Phase.ENABLED else _DIM if row.phase is Phase.LEFT else _WARN
         note = row.module.note if row.module is not None else {}
+        mark = " PINNED" if row.pinned_by else " FORCED" if row.forced else ""
         facts = row.phase.value + (" replaces" if row.replace else "")
         table.add_row(
             str(row.order or ""),
             Text(printable(row.name)),
-            Text.assemble((facts, style), (" FORCED", _BAD) if row.forced else ""),
+            Text.assemble((facts, style), (mark, _BAD)),
             str(row.functions) if row.order else "",
             Text(printable(", ".join(one.name for one in row.objects))),
             Text(", ".join(view.cves.get(row.name, ()))),

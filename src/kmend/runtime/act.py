@@ -17,6 +17,8 @@ from kmend.runtime.place import Place, optional
 _CAPABILITIES = ((16, "CAP_SYS_MODULE"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN"))
 #: A patch's last reference to its module is dropped from a work queue, a moment after its folder is gone.
 _REFERENCE_LIMIT = 10.0
+#: So many seconds a patch's folder may outlive the patch.
+_FOLDER_LIMIT = 1.0
 
 Messages = Callable[[], tuple[KernelMessage, ...]]
 
@@ -83,9 +85,16 @@ def set_enabled(place: Place, name: str, enabled: bool, messages: Messages) -> b
     if number in (errno.ENOENT, errno.ENODEV):
         return False
     if number == errno.EINVAL:
-        if optional(place.livepatch / name / "enabled") == ("1" if enabled else "0"):
-            return True
-        if not (place.livepatch / name).is_dir():
+        # a patch that has been taken back cannot be enabled again; its folder goes a moment later, from a
+        # work queue (klp_free_patch_async(), kernel/livepatch/core.c)
+        deadline = time.monotonic() + _FOLDER_LIMIT
+        while (place.livepatch / name).is_dir():
+            if optional(place.livepatch / name / "enabled") == ("1" if enabled else "0"):
+                return True
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.02)
+        else:
             return False
     if number:
         what = f"{name} was not {'enabled' if enabled else 'disabled'}"

@@ -17,15 +17,18 @@ import syslog
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.runtime.place import Place, optional
+from kmend.runtime.state import make_folder
 
 SCHEMA = 1
 #: The journal's name in the state folder.
 NAME = "log"
+#: How an action ended that the same command can go on with: it was stopped, or told not to wait.
+INTERRUPTED, PENDING = "interrupted", "pending"
 #: The lock that whoever acts on the kernel holds, in ``/run``: it goes with the boot, as does what it guards.
 LOCK = "kmend.lock"
 #: Seconds to wait for it: who only asks whether it is free (:func:`is_free`) holds it for an instant.
@@ -37,7 +40,8 @@ class Record:
     """A line of the journal. ``event`` is ``begin``, ``step`` or ``end``; ``id`` is that of the action.
 
     ``time`` is seconds since the epoch, ``boot`` the kernel's ``boot_id``, ``result`` the word with which an
-    action ended (``done``, ``failed``, ``refused``, ``interrupted``).
+    action ended (``done``, ``pending``, ``failed``, ``refused``, ``reversed``, ``stalled``,
+    ``interrupted``). What was refused before anything was done has an ``end`` alone.
     """
 
     time: float
@@ -94,6 +98,10 @@ class Journal:
         action.write("begin", text, detail=detail)
         return action
 
+    def refused(self, verb: str, patch: str, by: Who, text: str, refusals: Sequence[Refusal]) -> None:
+        """Write down what was asked for and not even begun."""
+        Action(self, uuid.uuid4().hex[:12], verb, patch, by).end("refused", text, **reasons(refusals))
+
     def records(self) -> tuple[Record, ...]:
         """Every line, oldest first; torn and foreign lines are left out.
 
@@ -117,7 +125,7 @@ class Journal:
         """Add a line and make it last."""
         line = json.dumps(row, separators=(",", ":"), sort_keys=True).encode() + b"\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
             try:
                 size = os.fstat(fd).st_size
@@ -169,13 +177,13 @@ class Action:
                 "detail": dict(detail),
             }
         )
-        level = syslog.LOG_NOTICE if result in ("", "done") else syslog.LOG_WARNING
+        level = syslog.LOG_NOTICE if result in ("", "done", PENDING) else syslog.LOG_WARNING
         by = self.by.user + (f" ({self.by.login})" if self.by.login and self.by.login != self.by.user else "")
-        with contextlib.suppress(OSError):
+        line = f"{self.verb} {self.patch}: {text}" + (f" [{result}]" if result else "") + f", by {by}"
+        # a file's name may be no text at all; an action is not to fail because of what is told of it
+        with contextlib.suppress(OSError, ValueError):
             syslog.openlog("kmend", syslog.LOG_PID, syslog.LOG_DAEMON)
-            syslog.syslog(
-                level, f"{self.verb} {self.patch}: {text}" + (f" [{result}]" if result else "") + f", by {by}"
-            )
+            syslog.syslog(level, line.encode(errors="backslashreplace").decode().replace("\0", "\\0"))
 
 
 def _parsed(line: str) -> Record | None:
@@ -207,6 +215,31 @@ def unfinished(records: Sequence[Record], boot: str) -> tuple[Record, ...]:
     return tuple(row for row in records if row.event == "begin" and row.boot == boot and row.id not in ended)
 
 
+def resumable(records: Sequence[Record], boot: str) -> tuple[Record, ...]:
+    """The beginnings of this boot that the same command goes on with, with how they ended as ``result``.
+
+    Those without an end (''), and of each patch its last action if it was interrupted or left to go on.
+    """
+    ends = {row.id: row.result for row in records if row.event == "end"}
+    begun = [row for row in records if row.event == "begin" and row.boot == boot]
+    last = {row.patch: row.id for row in begun}
+    return tuple(
+        replace(row, result=ends.get(row.id, ""))
+        for row in begun
+        if row.id not in ends or (last[row.patch] == row.id and ends[row.id] in (INTERRUPTED, PENDING))
+    )
+
+
+def reasons(refusals: Sequence[Refusal]) -> dict[str, object]:
+    """Why something was refused, as the detail of its end."""
+    if not refusals:
+        return {}
+    return {
+        "rules": [row.rule for row in refusals],
+        "why": "\n".join(f"{row.what}: {row.why}" for row in refusals),
+    }
+
+
 def close_killed(book: Journal, place: Place, by: str) -> tuple[str, ...]:
     """Write an end for each action of this boot that has none; the patches that they were about.
 
@@ -218,7 +251,7 @@ def close_killed(book: Journal, place: Place, by: str) -> tuple[str, ...]:
         return ()
     for row in found:
         Action(book, row.id, row.verb, row.patch, who(place, "")).end(
-            "interrupted", f"its kmend (process {row.pid}) was killed; found by `kmend {by}`"
+            INTERRUPTED, f"its kmend (process {row.pid}) was killed; found by `kmend {by}`"
         )
     return tuple(row.patch for row in found)
 
@@ -239,12 +272,37 @@ def replacing(records: Iterable[Record], boot: str) -> dict[str, bool]:
     }
 
 
-def forced(records: Iterable[Record], boot: str) -> dict[str, str]:
-    """The patches of this boot of which a transition was forced, with its direction."""
-    found = {}
+@dataclass(slots=True)
+class Forced:
+    """What was forced in a boot. ``patches``: those of which a transition was.
+
+    ``pins``: modules that the kernel keeps for good, with the patch whose forced transition is why. That are
+    the patches which such a transition removes (``klp_force_transition()``, ``klp_free_patch_finish()``):
+    the patch itself when it was being taken back, all others when it was replacing them. A patch that was
+    forced *into* force, and is taken back in the ordinary way, is not kept.
+    """
+
+    patches: set[str] = field(default_factory=set)
+    pins: dict[str, str] = field(default_factory=dict)
+
+    def again(self, patch: str) -> None:
+        """It is loaded afresh: what was forced was another one."""
+        self.patches.discard(patch)
+        self.pins.pop(patch, None)
+
+
+def forced(records: Iterable[Record], boot: str) -> Forced:
+    """What kmend forced in this boot."""
+    found = Forced()
     for row in records:
-        if row.boot == boot and row.event == "step" and isinstance(row.detail.get("forced"), str):
-            found[row.patch] = str(row.detail["forced"])
+        if row.boot != boot:
+            continue
+        if row.event == "begin" and row.verb == "load":
+            found.again(row.patch)
+        if row.event == "step" and "forced" in row.detail:
+            found.patches.add(row.patch)
+            pins = row.detail.get("pins")
+            found.pins |= dict.fromkeys(map(str, pins), row.patch) if isinstance(pins, list) else {}
     return found
 
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kmend.core.errors import KmendError, Unable
 from kmend.core.live import KernelState, LivePatch, LogEntry, Transition
 from kmend.runtime import blockers, journal, klog, tasks
-from kmend.runtime.journal import Journal
+from kmend.runtime.journal import Forced, Journal
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.patches import read_left, read_patches
 from kmend.runtime.place import Place, is_folder
 
 #: ``klp_force_transition()`` names no patch; the line before it that starts a transition does.
 _FORCING = "livepatch: forcing remaining tasks"
-_STARTING = re.compile(r"^livepatch: '([^']+)': (?:starting|reversing)")
+_STARTING = re.compile(r"^livepatch: '([^']+)': starting (patching|unpatching) transition")
+_ENABLING = re.compile(r"^livepatch: enabling patch '([^']+)'")
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What one look found. ``unfinished`` are actions of this boot whose kmend no longer runs.
 
+    ``resumable`` are those and the ones that were interrupted (:func:`kmend.runtime.journal.resumable`).
     ``acting`` says that one runs now. ``notes`` are sentences about what could not be seen.
     """
 
@@ -34,6 +36,7 @@ class Seen:
     unfinished: tuple[journal.Record, ...]
     acting: bool
     notes: tuple[str, ...] = ()
+    resumable: tuple[journal.Record, ...] = ()
 
     def named(self, name: str) -> LivePatch | None:
         """The patch, or what is left of it."""
@@ -58,12 +61,13 @@ def observe(place: Place, state: Path, *, limit: int = blockers.SHOWN, holding: 
         )
     notes: list[str] = []
     records = _records(state, kernel.boot_id, notes)
-    forced = {*journal.forced(records, kernel.boot_id), *_forced(place)}
-    patches = tuple(
-        replace(row, forced=row.name in forced)
-        for row in read_patches(place, journal.replacing(records, kernel.boot_id))
+    patches = read_patches(place, journal.replacing(records, kernel.boot_id))
+    left = read_left(place, patches)
+    forced = _forced(place, journal.forced(records, kernel.boot_id), [row.name for row in left])
+    patches = tuple(replace(row, forced=row.name in forced.patches) for row in patches)
+    left = tuple(
+        replace(row, forced=row.name in forced.patches, pinned_by=_pinned_by(row, forced)) for row in left
     )
-    left = tuple(replace(row, forced=row.name in forced) for row in read_left(place, patches))
     moving = next((row for row in patches if row.phase.moving), None)
     transition = None
     if moving is not None:
@@ -76,8 +80,16 @@ def observe(place: Place, state: Path, *, limit: int = blockers.SHOWN, holding: 
                 f"{transition.unreadable} tasks of other users could not be asked: run kmend as root"
             )
     free = holding or journal.is_free(place)
-    open_actions = journal.unfinished(records, kernel.boot_id)
-    return Seen(kernel, patches, left, transition, open_actions if free else (), not free, tuple(notes))
+    return Seen(
+        kernel,
+        patches,
+        left,
+        transition,
+        unfinished=journal.unfinished(records, kernel.boot_id) if free else (),
+        acting=not free,
+        notes=tuple(notes),
+        resumable=journal.resumable(records, kernel.boot_id) if free else (),
+    )
 
 
 def _records(state: Path, boot: str, notes: list[str]) -> tuple[journal.Record, ...]:
@@ -88,23 +100,41 @@ def _records(state: Path, boot: str, notes: list[str]) -> tuple[journal.Record, 
         return ()
 
 
-def _forced(place: Place) -> frozenset[str]:
-    """Patches that were forced by hand, as far as the kernel log still has it."""
+def _forced(place: Place, known: Forced, left: Sequence[str]) -> Forced:
+    """What was forced, ``known`` from the journal, and by hand as far as the kernel log still has it.
+
+    ``left`` are the modules that are left of former patches. What the log says of a patch that it saw being
+    forced counts: it has also seen what came afterwards.
+    """
     try:
         if not any(row.message.text.startswith(_FORCING) for row in klog.read_all(place, _FORCING.encode())):
-            return frozenset()
+            return known
         records = klog.read_all(place, b"livepatch: ")
     except Unable:
-        return frozenset()
-    found, last = set(), ""
+        return known
+    found, told, last, direction = Forced(), set[str](), "", ""
     for row in records:
         if row.message.user:
             continue
-        if match := _STARTING.match(row.message.text):
-            last = match[1]
-        elif row.message.text.startswith(_FORCING) and last:
-            found.add(last)
-    return frozenset(found)
+        text = row.message.text
+        if match := _ENABLING.match(text):
+            found.again(match[1])
+        elif match := _STARTING.match(text):
+            last, direction = match.groups()
+        elif text.startswith(_FORCING) and last:
+            told.add(last)
+            found.patches.add(last)
+            # whether it was replacing the others is seen from what they have become
+            kept = [last] if direction == "unpatching" else [name for name in left if name != last]
+            found.pins |= dict.fromkeys(kept, last)
+    return Forced(found.patches | (known.patches - told), found.pins | known.pins)
+
+
+def _pinned_by(row: LivePatch, forced: Forced) -> str:
+    """Whose forced transition keeps this module; '' where nothing does, or another module refers to it."""
+    if row.module is None or not row.module.references or row.module.holders:
+        return ""
+    return forced.pins.get(row.name, "")
 
 
 def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str, ...]]:
