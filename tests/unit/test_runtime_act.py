@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -201,7 +202,7 @@ def test_what_does_not_stop_is_let_go_at_the_deadline() -> None:
         return {1: (1, signal.SIGTERM << 8 | 0x7F), 2: (0, 0), 4: (4, 0)}[tid]
 
     woken = Woken()
-    wake._batch([1, 2, 3, 4], 0.02, woken, ptrace, waitpid)
+    wake._interrupt_all([1, 2, 3, 4], 0.02, woken, ptrace, waitpid)
     assert woken.interrupted == [1, 4]
     assert woken.failed.keys() == {2, 3}
     assert "uninterruptibly" in woken.failed[2]
