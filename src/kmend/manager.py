@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from kmend.core import kmsg
 from kmend.core.config import Config
-from kmend.core.errors import KmendError, Refusal, Unable, UsageError
+from kmend.core.errors import KmendError, Refusal, Unable
 from kmend.core.kmsg import KernelMessage
 from kmend.core.live import (
     ActionReport,
@@ -40,7 +40,7 @@ from kmend.core.live import (
 )
 from kmend.core.progress import Progress
 from kmend.core.target import Release
-from kmend.runtime import act, blockers, callbacks, journal, klog, preflight
+from kmend.runtime import act, blockers, callbacks, journal, klog, preflight, refusals
 from kmend.runtime.callbacks import Called
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.journal import Action, Journal
@@ -215,9 +215,9 @@ class Manager:
                 return finished
         examined = self._examined(data, module, layout, seen, *target)
         checks = [*examined.checks, *plan.objections(self.place, examined)]
-        refusals = tuple(row.refusal for row in checks if row.refusal is not None)
-        if refusals:
-            report = self._refused("load", module.name, seen, *refusals, what=f"{module.name} was not loaded")
+        refused = tuple(row.refusal for row in checks if row.refusal is not None)
+        if refused:
+            report = self._refused("load", module.name, seen, *refused, what=f"{module.name} was not loaded")
             return replace(report, checks=tuple(checks), seconds=time.monotonic() - began, began=began)
         before = {row.name for row in seen.patches}
         detail: dict[str, object] = {
@@ -302,7 +302,7 @@ class Manager:
             *self._code(module, view, seen),
         ]
         if leftover is not None:
-            checks.append(_leftover_check(leftover))
+            checks.append(refusals.leftover(leftover))
         return checks
 
     def _continue(
@@ -418,12 +418,12 @@ class Manager:
                         run, Result.DONE, f"{name} is gone: what was interrupted had done it"
                     ),
                 )
-            patch = _known(seen, name)
+            patch = refusals.known(seen, name)
             moving = next((row for row in seen.patches if row.phase.moving and row.name != name), None)
             if patch.phase is Phase.COMING:
-                return self._refused(verb, name, seen, _coming(name))
+                return self._refused(verb, name, seen, refusals.coming(name))
             if moving is not None and patch.phase is Phase.ENABLED:
-                return self._refused(verb, name, seen, _other_transition(moving, seen))
+                return self._refused(verb, name, seen, refusals.other_transition(moving, seen))
 
             def work(run: _Run) -> ActionReport:
                 if patch.phase in (Phase.ENABLED, Phase.PATCHING):
@@ -465,10 +465,10 @@ class Manager:
         act.require_power(self.place, "enable")
         with journal.acting(self.place, f"enable {name}"):
             seen = self._observe()
-            patch = _known(seen, name)
+            patch = refusals.known(seen, name)
             match patch.phase:
                 case Phase.COMING:
-                    return self._refused("enable", name, seen, _coming(name))
+                    return self._refused("enable", name, seen, refusals.coming(name))
                 case Phase.LEFT:
                     return self._refused("enable", name, seen, self._not_enabled_again(name, seen))
                 case Phase.ENABLED:
@@ -508,12 +508,12 @@ class Manager:
         act.require_power(self.place, "force")
         with journal.acting(self.place, f"force {name}"):
             seen = self._observe()
-            patch = _known(seen, name)
+            patch = refusals.known(seen, name)
             if not patch.phase.moving:
-                return self._refused("force", name, seen, _no_transition(patch))
+                return self._refused("force", name, seen, refusals.no_transition(patch))
             if not confirmed:
                 return replace(
-                    self._refused("force", name, seen, _not_confirmed(name, seen.transition)),
+                    self._refused("force", name, seen, refusals.not_confirmed(name, seen.transition)),
                     followed=(Followed(End.STALLED, 0.0, last=seen.transition),),
                 )
             left = seen.transition.left if seen.transition else 0
@@ -542,9 +542,9 @@ class Manager:
             seen = self._observe(limit=sys.maxsize)
             moving = next((row for row in seen.patches if row.phase.moving), None)
             if name is not None:
-                patch = _known(seen, name)
+                patch = refusals.known(seen, name)
                 if not patch.phase.moving:
-                    return self._refused("signal", name, seen, _no_transition(patch))
+                    return self._refused("signal", name, seen, refusals.no_transition(patch))
             if moving is None:
                 none = Refusal("no-transition", "no transition is under way", "nothing waits", "kmend status")
                 return self._refused("signal", name or "", seen, none)
@@ -590,10 +590,12 @@ class Manager:
                         return report
                     continue  # and round again: it goes where it was to go
                 case End.GONE:
-                    return self._interfered(run, _taken_away(run.patch))
+                    return self._interfered(run, refusals.taken_away(run.patch))
                 case End.STALLED:
                     choice = self._choice(following.on_stall, found.last)
-            run.step(f"stalled after {found.seconds:.0f} s with {_left(found)}; now: {choice.value}")
+            run.step(
+                f"stalled after {found.seconds:.0f} s with {refusals.left_words(found)}; now: {choice.value}"
+            )
             match choice:
                 case Choice.WAIT:
                     asked = following.on_stall is OnStall.ASK
@@ -629,20 +631,20 @@ class Manager:
         run.step("somebody turned it round; it is followed to its end")
         found = self._follower(run, back, following.patience).run()
         run.followed.append(found)
-        refusal = _turned(run.patch, goal)
+        refusal = refusals.turned(run.patch, goal)
         match found.end:
             case End.REVERSED:
                 return None
             case End.STALLED:
                 why = f"{run.patch} was turned round and has not ended"
-                stalled = _stalled(run.patch, back, found)
+                stalled = refusals.stalled(run.patch, back, found)
                 return self._report(run, Result.STALLED, why, "kmend blockers", refused=(refusal, stalled))
             case End.COMPLETE:
                 run.step(f"{back.value} is complete after {found.seconds:.1f} s")
                 run.called.ends(back)
                 return self._interfered(run, refusal)
             case End.GONE:
-                return self._interfered(run, _taken_away(run.patch))
+                return self._interfered(run, refusals.taken_away(run.patch))
 
     def _interfered(self, run: _Run, refusal: Refusal) -> ActionReport:
         """Somebody else took the patch back, or kept it: what this load brought goes with it."""
@@ -657,7 +659,7 @@ class Manager:
 
         None: there was no way back any more, as the transition had reached its goal.
         """
-        refusal = _stalled(run.patch, goal, stalled)
+        refusal = refusals.stalled(run.patch, goal, stalled)
         back = _other_way(goal)
         found = None
         if act.set_enabled(self.place, run.patch, back is Phase.PATCHING, run.messages):
@@ -665,18 +667,18 @@ class Manager:
             found = run.follow(self._follower(run, back, patience))
         if found is None or found.end is End.GONE:
             if goal is Phase.PATCHING:
-                return self._interfered(run, _taken_away(run.patch))
+                return self._interfered(run, refusals.taken_away(run.patch))
             run.step("it ended just then")
             run.called.ends(goal)
             return None
         if found.end is End.REVERSED:
-            turned = _turned_again(run.patch, goal)
+            turned = refusals.turned_again(run.patch, goal)
             return self._report(
                 run, Result.STALLED, turned.what, "kmend status --watch", refused=(refusal, turned)
             )
         if found.end is End.STALLED:
             why = f"{run.patch} does not come to an end in either direction"
-            stuck = _stalled(run.patch, back, found)
+            stuck = refusals.stalled(run.patch, back, found)
             next_step = "kmend blockers says what it waits for"
             return self._report(run, Result.STALLED, why, next_step, refused=(refusal, stuck))
         run.step(f"{back.value} is complete after {found.seconds:.1f} s")
@@ -735,12 +737,12 @@ class Manager:
             if log is not None:
                 log.close()
 
-    def _refused(self, verb: str, name: str, seen: Seen, *refusals: Refusal, what: str = "") -> ActionReport:
+    def _refused(self, verb: str, name: str, seen: Seen, *refused: Refusal, what: str = "") -> ActionReport:
         """The report of an action that was not even begun; the journal has one line of it."""
-        what = what or refusals[0].what
+        what = what or refused[0].what
         by = journal.who(self.place, " ".join(sys.argv[:8]))
-        self._journal(seen.kernel.boot_id).refused(verb, name, by, what, refusals)
-        return ActionReport(verb, name, Result.REFUSED, what, refused=refusals)
+        self._journal(seen.kernel.boot_id).refused(verb, name, by, what, refused)
+        return ActionReport(verb, name, Result.REFUSED, what, refused=refused)
 
     def _report(
         self, run: _Run, result: Result, why: str, next_step: str = "", refused: tuple[Refusal, ...] = ()
@@ -904,19 +906,6 @@ def _reported(path: str, sha256: str) -> tuple[Wanted, ...] | None:
 # -- words -------------------------------------------------------------------------------------------
 
 
-def _known(seen: Seen, name: str) -> LivePatch:
-    patch = seen.named(name)
-    if patch is None:
-        there = ", ".join(row.name for row in (*seen.patches, *seen.left)) or "none at all"
-        raise UsageError(
-            f"the kernel has no livepatch {name}",
-            why=f"loaded: {there}",
-            next_step="kmend list",
-            rule="unknown-patch",
-        )
-    return patch
-
-
 def _terms(following: Following) -> dict[str, object]:
     """How a transition is followed, for the journal: whoever watches can say what comes next."""
     if not following.wait:
@@ -941,75 +930,6 @@ def _is_still(row: journal.Record) -> bool:
     return hashlib.sha256(data).hexdigest() == row.detail.get("sha256")
 
 
-def _unused(row: LivePatch) -> bool:
-    return row.module is not None and row.module.references == 0
-
-
-def _leftover_check(row: LivePatch) -> Check:
-    if row.phase is Phase.COMING:
-        refusal = _coming(row.name)
-    elif not _unused(row):
-        references = row.module.references if row.module is not None else None
-        refusal = Refusal(
-            "module-in-use",
-            f"a former {row.name} is still loaded",
-            f"its module has {references} references"
-            + (
-                f"; the forced transition of {row.pinned_by} keeps it until the next boot"
-                if row.pinned_by
-                else ""
-            ),
-            "build the patch with another name (-n)",
-        )
-    else:
-        return Check(
-            "leftover", True, f"an unused module of a former {row.name} is there: it is removed first"
-        )
-    return Check("leftover", False, refusal.what, refusal)
-
-
-def _coming(name: str) -> Refusal:
-    return Refusal(
-        "coming",
-        f"{name} is being loaded",
-        "its symbols are being looked up; it is not enabled yet",
-        "wait a moment (kmend status)",
-    )
-
-
-def _other_transition(moving: LivePatch, seen: Seen) -> Refusal:
-    left = f"; {tasks(seen.transition.left)} left" if seen.transition is not None else ""
-    return Refusal(
-        "transition-running",
-        f"{moving.name} is {moving.phase.value}{left}",
-        "the kernel makes one transition at a time",
-        "wait for its end (kmend status --watch), or turn that one round first",
-    )
-
-
-def _no_transition(patch: LivePatch) -> Refusal:
-    return Refusal(
-        "no-transition",
-        f"{patch.name} is {patch.phase.value}, in no transition",
-        "there is nothing to bring to an end",
-        "kmend status",
-    )
-
-
-def _not_confirmed(name: str, transition: Transition | None) -> Refusal:
-    left = transition.left if transition is not None else 0
-    functions = sorted({row.function for row in transition.blockers if row.function} if transition else ())
-    where = f", in {', '.join(f'{f}()' for f in functions)}" if functions else ""
-    return Refusal(
-        "not-confirmed",
-        f"{name} was not forced: {tasks(left)} left{where}",
-        "forcing lets these tasks go on in code that does not fit the data of the new one: if old and new "
-        "code differ in locking or in what data means, the kernel may hang or corrupt data. The modules "
-        "of the code that they are in can not be unloaded before the next boot",
-        f"better: kmend unload {name}. If you know that it is harmless: kmend force {name} --yes-i-know",
-    )
-
-
 def _pins(patch: LivePatch, seen: Seen) -> list[str]:
     """Whose modules forcing this transition keeps until the next boot: see :class:`journal.Forced`."""
     if patch.phase is Phase.UNPATCHING:
@@ -1029,56 +949,8 @@ def _forced_words(patch: LivePatch, pins: Sequence[str]) -> str:
     return f"tasks may go on in the old functions until they leave them{kept}"
 
 
-def _left(found: Followed) -> str:
-    if found.last is None:
-        return "no task of user space left (idle processors, or the kernel is finishing)"
-    return f"{found.last.left} of {found.last.tasks} tasks left"
-
-
-def _stalled(name: str, goal: Phase, found: Followed) -> Refusal:
-    rows = found.last.blockers if found.last is not None else ()
-    shown = [f"{row.task.tid} ({row.task.name}) {row.why}: {row.remedy}" for row in rows[:8]]
-    if found.last is not None and found.last.left > len(shown):
-        shown.append(f"… and {found.last.left - len(shown)} more")
-    return Refusal(
-        "transition-stalled",
-        f"{goal.value} {name} did not end within {found.seconds:.0f} s: {_left(found)}",
-        "\n".join(shown) or "the kernel does not say what it waits for",
-        "let these tasks go on and try again; --wait SECONDS or --on-stall wait gives it more time",
-    )
-
-
 def _other_way(goal: Phase) -> Phase:
     return Phase.UNPATCHING if goal is Phase.PATCHING else Phase.PATCHING
-
-
-def _turned(name: str, goal: Phase) -> Refusal:
-    kept = "is in force as before" if goal is Phase.UNPATCHING else "is not in force"
-    return Refusal(
-        "turned-round",
-        f"somebody else turned the transition of {name} round: it {kept}",
-        f"while kmend followed its {goal.value}, something wrote to /sys/kernel/livepatch/{name}/enabled",
-        "find out who works on this kernel beside you, then run the command again",
-    )
-
-
-def _turned_again(name: str, goal: Phase) -> Refusal:
-    return Refusal(
-        "turned-round",
-        f"while kmend took the stalled transition of {name} back, somebody turned it round again: "
-        f"its {goal.value} goes on",
-        f"something wrote to /sys/kernel/livepatch/{name}/enabled",
-        "find out who works on this kernel beside you; kmend status --watch",
-    )
-
-
-def _taken_away(name: str) -> Refusal:
-    return Refusal(
-        "taken-away",
-        f"somebody else took {name} back while kmend followed it: it is not in force",
-        f"/sys/kernel/livepatch/{name} is gone, and kmend did not do it",
-        "find out who works on this kernel beside you, then run the command again",
-    )
 
 
 def _warnings(messages: Sequence[KernelMessage], book: Journal) -> Iterator[Refusal]:

@@ -93,14 +93,15 @@ def is_name(word: str) -> bool:
 
 def loaded(name: str, context: Context) -> int:
     """Describe a livepatch of the running kernel."""
-    from kmend.cli.status import chosen, document, origins_of
+    from kmend.cli.status import document, origins_of
     from kmend.report import live
     from kmend.report.build import to_document
+    from kmend.runtime import refusals
     from kmend.runtime.observe import observe
     from kmend.runtime.place import Place
 
     seen = observe(Place(), context.config.state, limit=0)
-    chosen(seen, name)
+    refusals.known(seen, name)
     origin = origins_of(seen, context)[name]
     report = None if origin.report is None else to_document(origin.report)
     context.emit({**document(seen, {name: origin}, name), "verb": "info", "build_report": report})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import LivePatch, Phase
-from kmend.runtime import persistence
+from kmend.runtime import persistence, refusals
 from kmend.runtime.journal import Record
 from kmend.runtime.observe import Seen, observe
 from kmend.runtime.place import Place
@@ -55,11 +55,13 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.watch:
         from kmend.cli.watching import Looker, blocks, fancy, screens
 
-        chosen(observe(place, context.config.state, limit=0), args.name)
+        if args.name is not None:
+            refusals.known(observe(place, context.config.state, limit=0), args.name)
         looker = Looker(place, context, args.name)
         return screens(looker, args.interval) if fancy() else blocks(looker, args.interval, context)
     seen = observe(place, context.config.state)
-    chosen(seen, args.name)
+    if args.name is not None:
+        refusals.known(seen, args.name)
     from kmend.cli.install import boot_document, boot_text
 
     boot = persistence.look(place, context.config.state, seen.kernel.release, seen.kernel.boot_id)
@@ -75,23 +77,6 @@ def origins_of(seen: Seen, context: Context) -> dict[str, Origin]:
 
     origins = Origins(context.config.state, seen.kernel.release, seen.kernel.boot_id)
     return origins.all_of((*seen.patches, *seen.left))
-
-
-def chosen(seen: Seen, name: str | None) -> None:
-    """Refuse a name that no patch has.
-
-    Raises:
-        UsageError: rule ``unknown-patch``.
-    """
-    if name is None or seen.named(name) is not None:
-        return
-    there = ", ".join(row.name for row in (*seen.patches, *seen.left)) or "none at all"
-    raise UsageError(
-        f"the kernel has no livepatch {name}",
-        why=f"loaded: {there}",
-        next_step="kmend list",
-        rule="unknown-patch",
-    )
 
 
 def document(seen: Seen, origins: Mapping[str, Origin], name: str | None = None) -> dict[str, object]:
