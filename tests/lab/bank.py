@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kmend.core.run import run
@@ -150,7 +150,7 @@ MODULE_LICENSE("GPL");
 WISHES["kthread"] = Wish(
     (("work", 0, "static int {f}(void *d) {{ return 0; }}"),), object='.name = "sleeper",'
 )
-
+WISHES["kthread_all"] = replace(WISHES["kthread"], patch=".replace = true,")
 
 #: Modules that are no livepatches.
 OTHERS = {"probe": PROBE, "hook": HOOK, "sleeper": SLEEPER}
