@@ -422,6 +422,8 @@ class Manager:
             moving = next((row for row in seen.patches if row.phase.moving and row.name != name), None)
             if patch.phase is Phase.COMING:
                 return self._refused(verb, name, seen, refusals.coming(name))
+            if patch.pinned_by and verb == "unload":
+                return self._refused(verb, name, seen, refusals.pinned(patch))
             if moving is not None and patch.phase is Phase.ENABLED:
                 return self._refused(verb, name, seen, refusals.other_transition(moving, seen))
 

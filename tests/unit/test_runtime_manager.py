@@ -358,6 +358,12 @@ def test_what_a_forced_transition_pins(
     left_behind(machine, *gone)
     seen = module.observe(machine.place, machine.state)
     assert {row.name: row.pinned_by for row in seen.left} == pins
+    machine.done.clear()
+    report = machine.manager().unload(gone[0], Following())
+    if pins[gone[0]]:
+        assert ([row.rule for row in report.refused], machine.done) == (["module-in-use"], [])
+    else:
+        assert (report.result, machine.done) == (Result.DONE, [f"rmmod {gone[0]}"])
 
 
 def test_a_patch_that_is_loaded_afresh_was_not_forced(machine: Machine) -> None:

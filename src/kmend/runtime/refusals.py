@@ -49,6 +49,16 @@ def leftover(row: LivePatch) -> Check:
     return Check("leftover", False, refusal.what, refusal)
 
 
+def pinned(row: LivePatch) -> Refusal:
+    """Its module cannot be unloaded any more."""
+    return Refusal(
+        "module-in-use",
+        f"{row.name} was not unloaded: the forced transition of {row.pinned_by} keeps its module",
+        "tasks may still be in its code (klp_force_transition(), kernel/livepatch/transition.c)",
+        "leave it until the next boot; it does nothing any more",
+    )
+
+
 def _unused(row: LivePatch) -> bool:
     return row.module is not None and row.module.references == 0
 
