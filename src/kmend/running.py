@@ -33,8 +33,9 @@ from kmend.kernel.vmlinux import Image
 from kmend.module.layout import Layout
 from kmend.runtime.btf import structures
 from kmend.runtime.kcore import RunningMemory
-from kmend.runtime.place import Place, data, optional
+from kmend.runtime.place import Place, data
 from kmend.runtime.preflight import Wanted
+from kmend.runtime.probes import read_probes, replaced
 from kmend.runtime.symbols import RunningSymbol, SymbolTable
 
 #: Addresses in the image's table of relocations have their upper half cut off.
@@ -237,7 +238,7 @@ class RunningCode:
         except BaseException:
             self._memory.close()
             raise
-        self._probed = _probed(place)
+        self._probes = read_probes(place) or ()
         self._starts: list[int] = []
 
     def close(self) -> None:
@@ -315,7 +316,7 @@ class RunningCode:
 
     def _judge(self, symbol: RunningSymbol, code: bytes, left_out: frozenset[int], found: Compared) -> None:
         running = self._memory.read(symbol.address, len(code))
-        left_out |= self._probed.get((symbol.object, symbol.name), frozenset())
+        left_out |= replaced(self._probes, symbol.address, len(code))
         found.functions += 1
         found.size += len(code)
         found.left_out += len(left_out)
@@ -418,23 +419,6 @@ _TABLES = frozenset(
         *(".retpoline_sites", ".return_sites", ".call_sites", ".ibt_endbr_seal", "__mcount_loc"),
     }
 )
-
-
-def _probed(place: Place) -> dict[tuple[str, str], frozenset[int]]:
-    """Bytes that kprobes have replaced, by object and function: an ``int3``, or a jump of 5 bytes where the
-    kernel has optimised the probe (``/sys/kernel/debug/kprobes/list``, kernel/kprobes.c, report_probe()).
-    """
-    found: dict[tuple[str, str], frozenset[int]] = {}
-    for line in (optional(place.sys / "kernel/debug/kprobes/list") or "").splitlines():
-        words = line.split()
-        name, plus, offset = words[2].partition("+") if len(words) > 2 else ("", "", "")
-        if plus:
-            owner = words[3] if len(words) > 3 and not words[3].startswith("[") else VMLINUX
-            length = 5 if "[OPTIMIZED]" in line else 1
-            start = int(offset, 16)
-            key = (owner, name)
-            found[key] = found.get(key, frozenset()) | frozenset(range(start, start + length))
-    return found
 
 
 def layout(place: Place) -> Layout:

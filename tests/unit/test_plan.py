@@ -114,6 +114,22 @@ def test_kprobes_as_the_kernel_lists_them(place: Place) -> None:
     ]
 
 
+def test_bytes_that_kprobes_replace_are_found_by_address(place: Place) -> None:
+    """Whatever name of the function the kernel prints: __x64_sys_getppid() is __do_sys_getppid() there."""
+    write(
+        place.sys / "kernel/debug/kprobes/list",
+        "ffffffff81001010  k  __do_sys_getppid+0x10    \n"
+        "ffffffff81001020  k  __do_sys_getppid+0x20    [OPTIMIZED]\n"
+        "ffffffff81001030  k  __do_sys_getppid+0x30    [DISABLED]\n"
+        "ffffffff8100103e  r  __do_sys_getppid+0x3e    [OPTIMIZED]\n"
+        "ffffffff81002000  k  __x64_sys_getppid+0x0    \n"
+        "0000000000000000  k  hidden+0x0    \n",
+    )
+    rows = probes.read_probes(place) or ()
+    assert probes.replaced(rows, 0xFFFFFFFF81001000, 0x40) == {0x10, *range(0x20, 0x25), 0x3E, 0x3F}
+    assert probes.replaced(rows, 0xFFFFFFFF81003000, 0x40) == set()
+
+
 def hooks(
     place: Place, *functions: tuple[str, str, int], patches: tuple[LivePatch, ...] = ()
 ) -> probes.Hooks:

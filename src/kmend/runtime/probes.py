@@ -58,7 +58,7 @@ class Traced:
 class Probe:
     """A kprobe or kretprobe. ``address`` is 0 where the kernel hides it; ``offset`` in bytes.
 
-    ``ftrace``: it sits on the function's ftrace entry instead of an instruction.
+    ``ftrace``: it sits on the function's ftrace entry instead of an instruction. ``optimized``: it is a jump.
     """
 
     address: int
@@ -68,6 +68,7 @@ class Probe:
     object: str
     disabled: bool
     ftrace: bool
+    optimized: bool = False
 
     def __str__(self) -> str:
         kind = "kretprobe" if self.returning else "kprobe"
@@ -151,9 +152,24 @@ def read_probes(place: Place) -> tuple[Probe, ...] | None:
                 object=module.strip() or VMLINUX,
                 disabled="DISABLED]" in flags,
                 ftrace="FTRACE]" in flags,
+                optimized="OPTIMIZED]" in flags,
             )
         )
     return tuple(rows)
+
+
+def replaced(probes: Iterable[Probe], address: int, size: int) -> frozenset[int]:
+    """Offsets of the bytes that kprobes have replaced in the ``size`` bytes at ``address``.
+
+    An ``int3``, or a jump of 5 bytes where the kernel has optimised the probe (arch/x86/kernel/kprobes). By
+    the probe's address: of a function's names the table has the first, be it another than the one asked for.
+    """
+    found: set[int] = set()
+    for probe in probes:
+        if not probe.disabled:
+            start = probe.address - address
+            found.update(range(max(start, 0), min(start + (5 if probe.optimized else 1), size)))
+    return frozenset(found)
 
 
 def read_traceable(
