@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +64,57 @@ def test_an_io_uring_wait_with_an_extended_argument(
     memory = {0x1008: size_and_wait, 0x1010: timeout}
     call = Call(426, (3, 0, 1, 1 | EXT_ARG, 0x1000, 24))
     assert unseen(call, memory.__getitem__) is expected
+
+
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"), [((True, True), True), ((False, True), False), ((True, False), False)]
+)
+def test_of_a_page_that_is_not_there_nothing_is_read(
+    tmp_path: Path, there: tuple[bool, bool], expected: bool
+) -> None:
+    """The extended argument lies across two pages, and names no timeout."""
+    place = Place(tmp_path / "sys", tmp_path, tmp_path / "dev", tmp_path / "run")
+    argument = 8 * PAGE - 12  # its second and third word are looked at
+    task = tmp_path / "5/task/5"
+    task.mkdir(parents=True)
+    call = " ".join(map(hex, (3, 0, 1, 1 | EXT_ARG, argument, 24, 0x7FFF00001000, 0x7FFF00002000)))
+    (task / "syscall").write_text(f"426 {call}\n")
+    (task / "mem").write_bytes(bytes(16 * PAGE))
+    words = [1 << 63 if row else 1 << 62 for row in there]
+    (task / "pagemap").write_bytes(bytes(8 * 7) + struct.pack("<2Q", *words) + bytes(64))
+    assert restart.waits_untimed(place, 5, 5) is (expected and os.uname().machine == "x86_64")
+    (task / "pagemap").unlink()
+    assert not restart.waits_untimed(place, 5, 5)
+
+
+def test_reading_memory_brings_no_page() -> None:
+    """Of our own process, as the kernel shows it: before and after the page is touched."""
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        assert restart.read_word("/proc/self", address + 8) is None
+        area[8:16] = b"\x15" + bytes(7)
+        assert restart.read_word("/proc/self", address + 8) == 0x15
+
+
+def test_memory_is_not_asked_while_a_thread_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extended argument is known from before, or the call returns EINTR as ever."""
+    call = Call(426, (3, 0, 1, 1 | EXT_ARG, 0x1000, 24))
+    registers = dict(zip(restart._ARGUMENTS, call.arguments, strict=True))
+    registers |= {80: -errno.EINTR & 0xFFFFFFFFFFFFFFFF, 120: 426, 136: 0x33}
+    written: list[int] = []
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    monkeypatch.setattr(restart.syscalls, "peek_user", lambda _tid, offset: registers[offset])
+    monkeypatch.setattr(
+        restart.syscalls, "poke_user", lambda _tid, _offset, value: written.append(value) or 0
+    )
+    assert not restart.begin_anew(5)
+    assert not restart.begin_anew(5, Call(426, (4, *call.arguments[1:])))  # it was in another one
+    assert written == []
+    assert restart.begin_anew(5, call)
+    assert written == [-restart.ERESTARTNOHAND & 0xFFFFFFFFFFFFFFFF]
 
 
 CHILD = """

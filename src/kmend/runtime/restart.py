@@ -11,6 +11,12 @@ it would have without us.
 
 Only calls are restarted that have done nothing yet and that have no timeout; only on x86-64, and only those
 of 64-bit programs (a 32-bit program's registers are numbered otherwise).
+
+The timeout of an ``io_uring_enter()`` may lie in the task's memory. Reading that would wait, without limit,
+for a page which is not there and which another process has to bring (FUSE, userfaultfd), and any user can
+arrange that. So only pages that are present are read (``/proc/PID/pagemap``); of others it cannot be told.
+What is left is a race, a page that goes between the two looks, and a task whose ``mmap_lock`` somebody holds
+for good: then kmend waits. Nothing is held meanwhile: all memory is read before anything is seized.
 """
 
 from __future__ import annotations
@@ -37,8 +43,10 @@ _EXT_ARG = 1 << 3
 IO_URING_ENTER = 426
 
 _WORD = (1 << 64) - 1
-#: Reads eight bytes of the thread's memory; None: not readable.
+#: Reads eight bytes of the thread's memory; None: not readable, or not without waiting.
 Reader = Callable[[int], int | None]
+#: ``PM_PRESENT`` (fs/proc/task_mmu.c): bit 63 of a page's eight bytes in ``/proc/PID/pagemap``.
+_PRESENT = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,38 +95,66 @@ def unseen(call: Call, read: Reader) -> bool:
 
 def waits_untimed(place: Place, pid: int, tid: int) -> bool:
     """Whether a sleeping thread is in a call that could be begun anew; False also when that is not known."""
+    return foretell(f"{place.proc}/{pid}/task/{tid}") is not None
+
+
+def foretell(folder: str) -> Call | None:
+    """The call in which a sleeping thread is, if it could be begun anew; None also when that is not known.
+
+    ``folder`` is the thread's in ``/proc``. For :func:`begin_anew`, which reads no memory.
+    """
+    call = _sleeps_in(folder)
+    return call if call is not None and unseen(call, lambda address: read_word(folder, address)) else None
+
+
+def _sleeps_in(folder: str) -> Call | None:
     if os.uname().machine != "x86_64":
-        return False
+        return None
     # number, six arguments, stack pointer, instruction pointer (fs/proc/base.c, proc_pid_syscall())
-    words = (optional(f"{place.proc}/{pid}/task/{tid}/syscall") or "").split()
+    words = (optional(f"{folder}/syscall") or "").split()
     if len(words) != 9:
-        return False
+        return None
     try:
         number, (*arguments, stack, _) = int(words[0]), [int(word, 16) for word in words[1:]]
     except ValueError:
-        return False
+        return None
     if not stack >> 32:  # perhaps a 32-bit program, to whom these numbers mean something else
-        return False
-
-    def read(address: int) -> int | None:
-        try:
-            fd = os.open(f"{place.proc}/{pid}/task/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            found = os.pread(fd, 8, address)
-        except (OSError, OverflowError):
-            return None
-        finally:
-            os.close(fd)
-        return int.from_bytes(found, "little") if len(found) == 8 else None
-
-    return unseen(Call(number, tuple(arguments)), read)
+        return None
+    return Call(number, tuple(arguments))
 
 
-def begin_anew(tid: int) -> bool:
+def read_word(folder: str, address: int) -> int | None:
+    """Eight bytes of a thread's memory, if they are there; None: not, or not readable by this user."""
+    page = os.sysconf("SC_PAGESIZE")
+    first, last = address // page, (address + 7) // page
+    pages = _read(f"{folder}/pagemap", 8 * first, 8 * (last - first + 1))
+    if pages is None or not all(row & _PRESENT for row in memoryview(pages).cast("Q")):
+        return None
+    word = _read(f"{folder}/mem", address, 8)
+    return int.from_bytes(word, "little") if word is not None else None
+
+
+def _read(path: str, at: int, size: int) -> bytes | None:
+    """So many bytes of a file; None: it has fewer there, or may not be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        found = os.pread(fd, size, at)
+    except (OSError, OverflowError):
+        return None
+    finally:
+        os.close(fd)
+    return found if len(found) == size else None
+
+
+def begin_anew(tid: int, foretold: Call | None = None) -> bool:
     """For a thread that we hold on its way out of a system call: restart the call if it returns EINTR and
-    nobody can tell. Returns whether it will be restarted."""
+    nobody can tell. Returns whether it will be restarted.
+
+    ``foretold`` is what :func:`foretell` said before it was held: the thread's memory is not read here.
+    """
     if os.uname().machine != "x86_64":
         return False
     result, number = syscalls.peek_user(tid, _AX), syscalls.peek_user(tid, _ORIG_AX)
@@ -133,6 +169,7 @@ def begin_anew(tid: int) -> bool:
         if value is None:
             return False
         arguments.append(value)
-    if not unseen(Call(number, tuple(arguments)), lambda at: syscalls.peek_data(tid, at)):
+    call = Call(number, tuple(arguments))
+    if call != foretold and not unseen(call, lambda _address: None):
         return False
     return syscalls.poke_user(tid, _AX, -ERESTARTNOHAND & _WORD) == 0

@@ -18,7 +18,7 @@ _NUMBERS = {"x86_64": (313, 176), "aarch64": (273, 106), "riscv64": (273, 106), 
 PTRACE_SEIZE = 0x4206
 PTRACE_INTERRUPT = 0x4207
 PTRACE_DETACH = 17
-_PTRACE_PEEKDATA, _PTRACE_PEEKUSER, _PTRACE_POKEUSER = 2, 3, 6
+_PTRACE_PEEKUSER, _PTRACE_POKEUSER = 3, 6
 #: ``waitpid(2)``: also for threads that are no children (include/uapi/linux/wait.h).
 WALL = 0x40000000
 
@@ -70,12 +70,10 @@ def ptrace(request: int, tid: int, data: int = 0) -> int:
 
 def peek_user(tid: int, offset: int) -> int | None:
     """A word (64 bits, unsigned) of a stopped thread's ``struct user``; None: it is not ours, or gone."""
-    return _peek(_PTRACE_PEEKUSER, tid, offset)
-
-
-def peek_data(tid: int, address: int) -> int | None:
-    """A word of a stopped thread's memory; None: it cannot be read."""
-    return _peek(_PTRACE_PEEKDATA, tid, address)
+    # the library's function returns the word itself: only errno tells -1 from a failure
+    ctypes.set_errno(0)
+    word = int(_libc().ptrace(_PTRACE_PEEKUSER, tid, ctypes.c_void_p(offset), None))
+    return None if word == -1 and ctypes.get_errno() else word & ((1 << 64) - 1)
 
 
 def poke_user(tid: int, offset: int, value: int) -> int:
@@ -83,10 +81,3 @@ def poke_user(tid: int, offset: int, value: int) -> int:
     if _libc().ptrace(_PTRACE_POKEUSER, tid, ctypes.c_void_p(offset), ctypes.c_void_p(value)) == 0:
         return 0
     return ctypes.get_errno()
-
-
-def _peek(request: int, tid: int, where: int) -> int | None:
-    # the library's function returns the word itself: only errno tells -1 from a failure
-    ctypes.set_errno(0)
-    word = int(_libc().ptrace(request, tid, ctypes.c_void_p(where), None))
-    return None if word == -1 and ctypes.get_errno() else word & ((1 << 64) - 1)
