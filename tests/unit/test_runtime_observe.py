@@ -115,7 +115,7 @@ def test_phases(place: Place, enabled: int, transition: int, initstate: str, pha
 
 
 def test_what_vanishes_or_is_odd_is_left_out(place: Place) -> None:
-    add_patch(place, "stays", ["a,1", "odd name", "b,x"])
+    add_patch(place, "stays", ["a,1", ",1", "b,x"])
     (place.livepatch / "went").mkdir()  # its files are gone already
     write(place.livepatch / "stray-file", "1")
     rows = read_patches(place)

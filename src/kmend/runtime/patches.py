@@ -111,10 +111,15 @@ def _patch(place: Place, name: str, known: bool | None, *, objects: bool = True)
 
 
 def _functions(folder: Path) -> tuple[LiveFunction, ...]:
+    """A folder each: ``NAME,SYMPOS`` since 444f9e99a840 "livepatch: function,sympos scheme in livepatch sysfs
+    directory" (4.5), before that the name alone."""
     rows = []
     for name in entries(folder):
         function, comma, position = name.rpartition(",")
-        if comma and position.isdigit():
+        if not comma:
+            if is_folder(folder / name):  # a file is an attribute of the object: `patched`
+                rows.append(LiveFunction(name, 0))
+        elif function and position.isdigit():
             rows.append(LiveFunction(function, int(position)))
     return tuple(rows)
 
