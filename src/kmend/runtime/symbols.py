@@ -6,7 +6,7 @@ CAP_SYSLOG (``kptr_restrict``) all addresses are 0; then nothing can be told fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kmend.core.errors import Unable
@@ -91,13 +91,3 @@ class SymbolTable:
                     ),
                 )
             at = self._text.find(needle, at + 1)
-
-
-def named(place: Place, names: Iterable[str]) -> dict[str, tuple[RunningSymbol, ...]]:
-    """The symbols of these names; those that there are none of are left out.
-
-    Raises:
-        Unable: as :class:`SymbolTable`.
-    """
-    table = SymbolTable(place)
-    return {name: rows for name in names if (rows := table.named(name))}
