@@ -180,6 +180,11 @@ def test_a_refusal_and_a_reversal() -> None:
     assert "patching: complete after 1.5 s; unpatching: complete after 0.5 s" in text
 
 
+def first_height(found: plot.Plot) -> float:
+    """Where the outline begins."""
+    return float(found.curves[0].line.split()[1])
+
+
 def test_the_plot_has_every_change_in_its_frame() -> None:
     found = plot.plot(report())
     assert found is not None
@@ -190,7 +195,14 @@ def test_the_plot_has_every_change_in_its_frame() -> None:
     heights = [float(word) for word in re.findall(r"V([\d.]+)", found.curves[0].line)]
     assert len(set(heights)) == 3  # 21, 3, 0
     assert heights[-1] == found.bottom
+    samples = report().followed[0].samples
+    assert len(found.curves[0].looks) == len(samples) > 1
+    assert {height for _, height in found.curves[0].looks} <= {first_height(found), *heights}
     assert plot.plot(report(followed=())) is None
+    often = replace(report().followed[0], samples=samples * plot.LOOKS)
+    many = plot.plot(report(followed=(often,)))
+    assert many is not None
+    assert many.curves[0].looks == ()
 
 
 def test_a_long_stall_keeps_its_changes() -> None:

@@ -16,6 +16,8 @@ WIDTH, HEIGHT = 960, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 34, 40
 #: More points than this cannot be told apart in the picture; where tasks switch, none is left out.
 POINTS = 1000
+#: So many looks are shown as dots, each by itself.
+LOOKS = 100
 #: Marks closer than this share one label.
 _APART = 18.0
 
@@ -30,13 +32,17 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One transition that was followed: an outline, the area below it, and a sentence."""
+    """One transition that was followed: an outline, the area below it, and a sentence.
+
+    ``looks`` are the places of the looks at all tasks; empty when there were too many to be told apart.
+    """
 
     line: str
     area: str
     direction: str
     caption: str
     middle: float
+    looks: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,9 @@ def plot(report: ActionReport) -> Plot | None:
                 caption=f"{'unpatching' if row.goal is Phase.UNPATCHING else 'patching'}: {row.end.value}"
                 f" after {row.seconds:.1f} s",
                 middle=round((places[0][0] + places[-1][0]) / 2, 1),
+                looks=tuple((x(row.began + one.seconds), y(one.left)) for one in row.samples)
+                if len(row.samples) <= LOOKS
+                else (),
             )
         )
     marks = _marks([(x(step.seconds), str(at)) for at, step in enumerate(report.steps, 1)])
