@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,21 @@ def wait_for(line: Line, what: str) -> None:
     line.guest.run(f"n=0; until {what}; do [ $((n+=1)) -lt 600 ] || exit 1; usleep 50000; done", check=True)
 
 
+@contextmanager
+def hand(line: Line, what: str) -> Iterator[None]:
+    """Somebody tries ``what`` without pause until it succeeds, and no longer than this lasts."""
+    line.guest.run(
+        "rm -f /root/rest /root/rests\n"
+        f"( until [ -e /root/rest ] || {what}; do :; done; touch /root/rests ) >/dev/null 2>&1 &",
+        check=True,
+    )
+    try:
+        yield
+    finally:
+        line.guest.run("touch /root/rest", check=True)
+        wait_for(line, "[ -e /root/rests ]")
+
+
 @pytest.mark.slow
 def test_a_hand_that_turns_a_load_round_is_told_and_cleaned_up_after(line: Line) -> None:
     line.guest.run("/usr/sbin/insmod /root/sleeper.ko", check=True)
@@ -290,10 +306,8 @@ def test_a_hand_that_keeps_what_is_being_taken_back(line: Line) -> None:
     wait_for(line, "grep -q 0 /sys/kernel/livepatch/kthread/transition")
     assert line.kmend.answer("list")["patches"][0]["phase"] == "enabled"
     # unpatching is at an end as soon as it begins, unless somebody sleeps in the new code: turn it quickly
-    line.guest.run(
-        "( until echo 1 >/sys/kernel/livepatch/kthread/enabled; do :; done ) >/dev/null 2>&1 &", check=True
-    )
-    found = line.act("unload", "kthread")
+    with hand(line, "echo 1 >/sys/kernel/livepatch/kthread/enabled"):
+        found = line.act("unload", "kthread")
     assert (found["status"], found["result"]) in ((0, "done"), (1, "failed"))
     if found["status"]:
         assert rules(found) == ["turned-round"]
@@ -312,8 +326,8 @@ def test_rmmod_by_hand_between_disable_and_unload(line: Line) -> None:
 @pytest.mark.slow
 def test_rmmod_by_hand_while_it_is_unloaded(line: Line) -> None:
     assert line.act("load", "/root/one.ko")["status"] == 0
-    line.guest.run("( until rmmod one; do :; done ) >/dev/null 2>&1 &", check=True)
-    found = line.act("unload", "one")
+    with hand(line, "rmmod one"):
+        found = line.act("unload", "one")
     assert (found["status"], found["result"], rules(found)) == (0, "done", [])
     nothing_is_left(line)
 
