@@ -1,15 +1,21 @@
-"""The running kernel's log, ``/dev/kmsg`` (Documentation/ABI/testing/dev-kmsg)."""
+"""The running kernel's log, ``/dev/kmsg`` (Documentation/ABI/testing/dev-kmsg), and what is kept of others'.
+
+What the kernel of a former boot said is gone with it, but for what systemd's journal has put on the disk.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kmend.core.errors import Unable
-from kmend.core.kmsg import KernelMessage
+from kmend.core.kmsg import KernelMessage, is_death
+from kmend.core.run import run
 from kmend.runtime.place import Place, not_permitted
 
 #: A record is at most this long (kernel/printk/printk.c, PRINTKRB_RECORD_MAX and CONSOLE_EXT_LOG_MAX: 8192).
@@ -130,9 +136,16 @@ def _unescaped(body: str) -> str:
 
 
 def concerning(records: Iterable[Record], names: Iterable[str] = ()) -> tuple[Record, ...]:
-    """Those that speak of livepatching or of loading modules; ``names`` of modules count as well."""
+    """Those that speak of livepatching or of loading modules, and headlines of an oops, a BUG or a panic.
+
+    ``names`` of modules count as well.
+    """
     begin = (*CONCERNS, *(f"{name}: " for name in names))
-    return tuple(row for row in records if not row.message.user and row.message.text.startswith(begin))
+    return tuple(row for row in records if not row.message.user and _concerns(row.message.text, begin))
+
+
+def _concerns(text: str, begin: tuple[str, ...]) -> bool:
+    return text.startswith(begin) or is_death(text)
 
 
 def epoch_of_boot() -> float:
@@ -142,3 +155,71 @@ def epoch_of_boot() -> float:
     suspend come out too late.
     """
     return time.time() - time.monotonic()
+
+
+# -- former boots ------------------------------------------------------------------------------------
+
+#: So many lines of a boot are asked for, the newest ones: a kernel that warns without end fills the disk.
+KEPT_LINES = 500
+#: Seconds for the answer about one boot.
+_KEPT_LIMIT = 20.0
+#: What headlines of a death have in them (:func:`kmend.core.kmsg.is_death` decides).
+_DEATHS = r"BUG: |BUG at |Oops: |Kernel panic|general protection fault|\[#[0-9]"
+_FIELDS = "MESSAGE,PRIORITY,SYSLOG_FACILITY,_SOURCE_MONOTONIC_TIMESTAMP"
+#: What journalctl (systemd 252) says of a boot that its journal does not have.
+_UNKNOWN = "is not available"
+_BOOT = re.compile(r"[0-9a-f]{32}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A kernel message of a former boot. ``time`` is seconds since the epoch, by the clock as it was then."""
+
+    time: float
+    message: KernelMessage
+
+
+def kept(boot: str, names: Iterable[str] = ()) -> tuple[Kept, ...]:
+    """What systemd's journal has of a former boot's kernel log, as far as :func:`concerning` would show it.
+
+    ``boot`` is the ``boot_id`` of that kernel. At most :data:`KEPT_LINES`.
+
+    Raises:
+        Unable: (rule ``missing-tool``) there is no journalctl. Failed: it does not answer in time.
+        Unable: (rule ``unreadable``) it cannot answer.
+    """
+    number = boot.replace("-", "")
+    if not _BOOT.match(number):
+        return ()
+    begin = (*CONCERNS, *(f"{name}: " for name in sorted(names)))
+    pattern = f"^({'|'.join(map(re.escape, begin))})|{_DEATHS}"
+    words = ["journalctl", "--quiet", "--no-pager", "--dmesg", f"--boot={number}", "--output=json"]
+    words += [f"--output-fields={_FIELDS}", f"--lines={KEPT_LINES}", "--case-sensitive=yes"]
+    done = run([*words, f"--grep={pattern}"], check=False, timeout=_KEPT_LIMIT)
+    errors = done.errors.strip()
+    if done.status and errors and _UNKNOWN not in errors:
+        raise Unable(f"systemd's journal does not tell of boot {boot}", why=errors, rule="unreadable")
+    return tuple(row for row in _kept(done.text.splitlines()) if _concerns(row.message.text, begin))
+
+
+def _kept(lines: Iterable[str]) -> Iterator[Kept]:
+    """The rows of ``journalctl --output=json`` (systemd.journal-fields(7)); odd ones are left out.
+
+    When a message was kept says little of when it was said: at boot the kernel is far ahead of the journal.
+    """
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if int(row.get("SYSLOG_FACILITY", 0)) != 0:
+                continue  # user space wrote it into the kernel's log
+            text = row["MESSAGE"]
+            if isinstance(text, list):  # bytes that are no UTF-8
+                text = bytes(text).decode(errors="replace")
+            elif not isinstance(text, str):  # too long to be shown
+                continue
+            then, clock = int(row["__REALTIME_TIMESTAMP"]), int(row["__MONOTONIC_TIMESTAMP"])
+            said = int(row.get("_SOURCE_MONOTONIC_TIMESTAMP", clock))
+            message = KernelMessage(said / 1e6, int(row.get("PRIORITY", 6)), text)
+            yield Kept((then - clock + said) / 1e6, message)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kmend.core.errors import KmendError, Unable
+from kmend.core.kmsg import KernelMessage
 from kmend.core.live import KernelState, LivePatch, LogEntry, Transition
 from kmend.runtime import blockers, journal, klog, tasks
 from kmend.runtime.journal import Forced, Journal
@@ -19,6 +21,8 @@ from kmend.runtime.place import Place, is_folder
 _FORCING = "livepatch: forcing remaining tasks"
 _STARTING = re.compile(r"^livepatch: '([^']+)': starting (patching|unpatching) transition")
 _ENABLING = re.compile(r"^livepatch: enabling patch '([^']+)'")
+#: Of so many boots before this one the kernel's words are looked up.
+_FORMER_BOOTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +142,54 @@ def _pinned_by(row: LivePatch, forced: Forced) -> str:
 
 
 def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str, ...]]:
-    """kmend's journal and the kernel's livepatch messages by time, and notes about what could not be read."""
+    """kmend's journal and the kernel's livepatch messages, and notes about what could not be read.
+
+    Boot after boot, in each by time. What the kernels of the last former boots said, also when they died, is
+    in systemd's journal, if anywhere. Where there are several boots, a line stands before each.
+    """
     notes: list[str] = []
-    kernel = read_kernel(place)
-    rows = [_journal_entry(row) for row in _records(state, kernel.boot_id, notes)]
-    names = {row.patch for row in _records(state, kernel.boot_id, [])}
+    here = read_kernel(place).boot_id
+    records = _records(state, here, notes)
+    names = {row.patch for row in records} - {""}
+    former = [boot for boot in dict.fromkeys(row.boot for row in records) if boot != here]
+    rows: dict[str, list[LogEntry]] = {boot: [] for boot in (*former, here)}
+    patches: dict[str, dict[str, None]] = {boot: {} for boot in rows}
+    for record in records:
+        rows[record.boot].append(_journal_entry(record))
+        patches[record.boot][record.patch] = None
     try:
-        records = klog.concerning(klog.read_all(place), names)
+        said = klog.concerning(klog.read_all(place), names)
     except Unable as error:
         notes.append(f"{error.what}: the kernel's own messages are not shown")
-        records = ()
-    boot = klog.epoch_of_boot()
-    rows += [LogEntry(boot + row.message.seconds, "kernel", row.message.text, row.message) for row in records]
-    return tuple(sorted(rows, key=lambda row: row.time)), tuple(notes)
+        said = ()
+    began = klog.epoch_of_boot()
+    rows[here] += [_kernel_entry(began + row.message.seconds, row.message, here) for row in said]
+    if former and shutil.which("journalctl"):
+        for boot in former[-_FORMER_BOOTS:]:
+            try:
+                kept = klog.kept(boot, names)
+            except KmendError as error:
+                notes.append(f"{error.what}: what the kernels of former boots said is not shown")
+                break
+            rows[boot] += [_kernel_entry(row.time, row.message, boot) for row in kept]
+    ordered = {boot: sorted(rows[boot], key=lambda row: row.time) for boot in rows if rows[boot]}
+    out: list[LogEntry] = []
+    for boot, entries in ordered.items():
+        if len(ordered) > 1:
+            out.append(_boundary(boot, entries[0].time, boot == here, patches[boot]))
+        out += entries
+    return tuple(out), tuple(notes)
+
+
+def _kernel_entry(time: float, message: KernelMessage, boot: str) -> LogEntry:
+    return LogEntry(time, "kernel", message.text, message, record={"boot": boot})
+
+
+def _boundary(boot: str, time: float, here: bool, patches: Iterable[str]) -> LogEntry:
+    """The line before those of a boot; it names the patches, so that who asks for one of them sees it too."""
+    names = ", ".join(filter(None, patches))
+    text = f"---- {'this boot' if here else 'boot'} {boot}" + (f": {names}" if names else "") + " ----"
+    return LogEntry(time, "kmend", text, record={"event": "boot", "boot": boot})
 
 
 def _journal_entry(row: journal.Record) -> LogEntry:
