@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from kmend.cli.context import Context
-from kmend.core.errors import KmendError, Refusal, UsageError
+from kmend.core.errors import KmendError, Refusal, Unable, UsageError
 from kmend.core.files import write_atomically
 from kmend.core.live import ActionReport, Occasion, Result, Transition
 from kmend.manager import Ask, Choice, Following, Manager, OnStall
@@ -21,13 +22,15 @@ from kmend.runtime import journal
 from kmend.runtime.follow import Patience
 from kmend.runtime.place import Place
 
+#: What the HTML report is made with: loaded before anything is done, not when the kernel has been patched.
+_NEEDED = ("jinja2", "kmend.origin", "kmend.report.build", "kmend.report.html", "kmend.runtime.klog")
 EPILOG = """\
 On a stall: tasks that sleep in a function which is about to change are interrupted for a moment (--no-wake
 forbids it); their system calls return what they would return under the kernel's own signal, which comes
 after 15 seconds. What cannot be woken is waited for, up to --wait seconds; then --on-stall decides.
 
-Exit status: 0 done (with --no-wait: begun); 1 refused, failed, or taken back after a stall; 2 wrong usage;
-3 this machine or user cannot do it.
+Exit status: 0 done (with --no-wait: begun); 1 refused, failed, taken back after a stall, or left as it is
+when asked; 2 wrong usage; 3 this machine or user cannot do it.
 """
 
 
@@ -135,19 +138,29 @@ def asker(context: Context) -> Ask:
     return ask
 
 
+def done(report: ActionReport) -> bool:
+    """Whether what was asked for is done, or begun where no more was asked for (``--no-wait``).
+
+    A transition that was followed, and goes on because somebody said so when asked at a stall, is not.
+    """
+    from kmend.report.action import succeeded
+
+    return succeeded(report) and not (report.result is Result.PENDING and report.followed)
+
+
 def tell(verb: str, reports: Sequence[ActionReport], context: Context) -> int:
     """Print the reports; the verb's exit status."""
-    from kmend.report.action import succeeded, to_document, to_text
+    from kmend.report.action import to_document, to_text
 
     context.emit(to_document(verb, reports))
     for report in reports:
         text = to_text(report)
-        if succeeded(report):
+        if done(report):
             context.say(text)
         else:
             context.progress.close()
             sys.stderr.write(text + "\n")
-    return 0 if all(map(succeeded, reports)) else 1
+    return 0 if all(map(done, reports)) else 1
 
 
 class Recorder:
@@ -157,6 +170,7 @@ class Recorder:
         """
         Raises:
             UsageError: the file's name is no ``.html``, or nothing can be written there.
+            Unable: (rule ``missing-tool``) a library that makes it is not there.
         """
         self.verb, self.context = verb, context
         self.file = None if file is None else Path(file)
@@ -178,6 +192,16 @@ class Recorder:
                 next_step="name another file: nothing has been done yet",
                 rule="unwritable",
             )
+        try:
+            for name in _NEEDED:
+                import_module(name)
+        except ImportError as error:
+            raise Unable(
+                f"{self.file} cannot be made",
+                why=str(error),
+                next_step="leave --report out, or run `kmend doctor`: nothing has been done yet",
+                rule="missing-tool",
+            ) from error
 
     @contextmanager
     def watching(self, name: str, done: Sequence[ActionReport] = ()) -> Iterator[None]:
@@ -196,19 +220,28 @@ class Recorder:
     def write(self, reports: Sequence[ActionReport]) -> list[ActionReport]:
         """Write the report. What was done is done: that it cannot be written is but a warning with it."""
         rows = list(reports)
+        if not rows:
+            self._or_say(rows)
+            return rows
         try:
             self._write(rows)
-        except KmendError as error:
-            warning = Refusal("report-unwritten", f"{self.file} was not written", error.why, error.next_step)
-            if rows:
-                rows[-1] = replace(rows[-1], warnings=(*rows[-1].warnings, warning))
+        except Exception as error:  # whatever it is: the outcome must be told
+            warning = self._unwritten(error)
+            rows[-1] = replace(rows[-1], warnings=(*rows[-1].warnings, warning))
         return rows
 
     def _or_say(self, rows: Sequence[ActionReport]) -> None:
         try:
             self._write(rows)
-        except KmendError as error:
-            sys.stderr.write(f"kmend: {self.file} was not written: {error.why}\n")
+        except Exception as error:
+            row = self._unwritten(error)
+            sys.stderr.write(f"kmend: {row.what}: {row.why}\n")
+
+    def _unwritten(self, error: Exception) -> Refusal:
+        why, next_step = f"{type(error).__name__}: {error}", "`kmend log` has the steps; please report this"
+        if isinstance(error, KmendError):
+            why, next_step = error.why, error.next_step
+        return Refusal("report-unwritten", f"{self.file} was not written", why, next_step)
 
     def _write(self, rows: Sequence[ActionReport]) -> None:
         if self.file is None:
@@ -248,8 +281,6 @@ def each(
     file: str | None = None,
 ) -> int:
     """Do it for each name in turn, up to the first that does not succeed; ``file`` is that of --report."""
-    from kmend.report.action import succeeded
-
     recorder = Recorder(verb, file, context)
     reports: list[ActionReport] = []
     for name in names:
@@ -263,6 +294,6 @@ def each(
                 "`kmend status` shows it, the same command again goes on with it\n"
             )
             raise
-        if not succeeded(reports[-1]):
+        if not done(reports[-1]):
             break
     return tell(verb, recorder.write(reports), context)
