@@ -10,10 +10,12 @@ Joins the store (:mod:`kmend.runtime.persistence`) with what is known of modules
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,9 +31,9 @@ from kmend.runtime.journal import Journal
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import observe
 from kmend.runtime.patches import read_module, read_patches
-from kmend.runtime.persistence import OFF_FILE, Guard, Installed, Persistence, Store
+from kmend.runtime.persistence import ALL, OFF_FILE, Guard, Installed, Persistence, Store
 from kmend.runtime.place import Place
-from kmend.runtime.preflight import ModuleFile, Wanted
+from kmend.runtime.preflight import ModuleFile
 
 if TYPE_CHECKING:
     from kmend.module.layout import Layout
@@ -45,6 +47,9 @@ UNIT_FOLDERS = tuple(Path(name) for name in ("/etc/systemd/system", "/usr/lib/sy
 LASTING = ("release", "build id", "signature", "functions")
 #: Where the modules of installed kernels lie.
 KERNELS = Path("/lib/modules")
+#: Seconds for which `kmend healthy` waits for another kmend's end: its timer comes once in a boot, and what
+#: it does not do then trips the guard at the next one.
+HEALTHY_LIMIT = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +124,33 @@ class Installer:
         """Put modules into the stores of the releases that they were built for: all of them, or none.
 
         Raises:
+            Unable: not root (rule ``not-root``).
             UsageError, Failed: a file cannot be read or is no livepatch module; the store cannot be written.
-            Refused: another kmend acts; a store is damaged.
+            Refused: another kmend acts; a store is damaged or not safe.
         """
+        require_root("install")
         kernel = read_kernel(self.place)
         candidates = [self._candidate(path, kernel) for path in paths]
         _distinct(candidates)
         if any(row.refusals for row in candidates):
-            return tuple(_not_installed(row, candidates) for row in candidates)
-        unit = self._enable_unit()
-        by = journal.who(self.place, " ".join(sys.argv[:8]))
+            found = tuple(_not_installed(row, candidates) for row in candidates)
+            for one in found:
+                self._refused("install", one.patch, kernel, one.why, one.refused)
+            return found
+        by = self._who()
         reports = []
-        with journal.acting(self.place, "install"):
-            for release in dict.fromkeys(row.module.release for row in candidates):
+        with (
+            self._told("install", [row.module.name for row in candidates], kernel),
+            journal.acting(self.place, "install"),
+        ):
+            releases = dict.fromkeys(row.module.release for row in candidates)
+            stores = [persistence.read(self.config.state, persistence.release_of(row)) for row in releases]
+            for store in stores:
+                persistence.require_safe(store)  # as the boot will
+            unit = self._enable_unit()
+            for store in stores:
+                release = store.release
                 mine = [row for row in candidates if row.module.release == release]
-                store = persistence.read(self.config.state, persistence.release_of(release))
                 steps = {row.module.name: _step(store, row) for row in mine}
                 rows = [(_row(row, by.login or by.user), row.data, row.report) for row in mine]
                 new = persistence.add(store, rows)
@@ -184,7 +201,7 @@ class Installer:
         except KmendError as error:
             problem = error.what
         layout = view.layout if view is not None else self._own_layout() if running else None
-        module = plain if layout is None else _described(plain, data, layout)
+        module = plain if layout is None else read_module_file(data, path, layout)
         checks: list[Check] = []
         warnings: list[Refusal] = []
         if running:
@@ -273,12 +290,14 @@ class Installer:
         """Take patches out of a release's store (no names: all of them). What is loaded stays loaded.
 
         Raises:
+            Unable: not root (rule ``not-root``).
             UsageError: one is not installed (rule ``not-installed``); then none is taken out.
             Failed: the store cannot be written. Refused: another kmend acts; the store is damaged.
         """
+        require_root("uninstall")
         kernel = read_kernel(self.place)
         chosen = persistence.release_of(release or kernel.release)
-        with journal.acting(self.place, "uninstall"):
+        with self._told("uninstall", names or [ALL], kernel), journal.acting(self.place, "uninstall"):
             store = persistence.read(self.config.state, chosen)
             gone = _chosen(store, names)
             persistence.drop(store, gone)
@@ -315,11 +334,8 @@ class Installer:
         found = self.look()
         if found is None or (found.trouble is None and not found.store.patches):
             return ()
-        try:
+        with self._told("load", [ALL], kernel):
             self._require_allowed(found, kernel, retry=retry)
-        except KmendError as error:
-            self._wrote("load", ["--all"], "", kernel, {}, error)
-            raise
         here = self._here(kernel)
         rows = found.store.wanted
         passed = [row for row in found.store.patches if row not in rows]
@@ -331,7 +347,7 @@ class Installer:
         rows = rows[over:]
         missing = [row for row in rows if not (_is_here(row, here) and here[row.name].settled)]
         if boot and missing and found.guard is Guard.CLEAR:
-            with journal.acting(self.place, "load --all"):
+            with self._told("load", [ALL], kernel), journal.acting(self.place, "load --all"):
                 persistence.arm(found.store, kernel.boot_id, kernel.taint or 0)
         done = 0
         for at, row in enumerate(rows):
@@ -340,18 +356,24 @@ class Installer:
                 reports.append(ActionReport("load", row.name, Result.DONE, f"{row.name} is in force already"))
             elif later is not None and not _is_here(row, here):
                 reports.append(_out_of_order(row, later))
+                self._refused("load", row.name, kernel, reports[-1].why, reports[-1].refused)
             else:
-                reports.append(self._load(found.store, row, following))
+                reports.append(self._load(found.store, row, following, kernel))
             done += 1
-            if reports[-1].result not in (Result.DONE, Result.PENDING):
+            begun = reports[-1].result is Result.PENDING and not following.wait
+            if reports[-1].result is not Result.DONE and not begun:
                 break
         else:
             if found.guard is Guard.TRIPPED:
                 # only now: loading itself may be what ended the former boot
                 persistence.disarm(self.config.state, found.release)
-                self._wrote("load", ["--all"], "loaded again after a boot that never got healthy", kernel, {})
+                self._wrote("load", [ALL], "loaded again after a boot that never got healthy", kernel, {})
         left = rows[done:]
         if left:
+            why = f"was not loaded, as it comes after {rows[done - 1].name}"
+            for row in left:
+                if not _is_here(row, here):
+                    self._refused("load", row.name, kernel, f"{row.name} {why}")
             names = ", ".join(row.name for row in left)
             reports[-1] = replace(
                 reports[-1],
@@ -376,7 +398,7 @@ class Installer:
                 rule="no-proc",
             )
 
-    def _load(self, store: Store, row: Installed, following: Following) -> ActionReport:
+    def _load(self, store: Store, row: Installed, following: Following, kernel: KernelState) -> ActionReport:
         try:
             data = persistence.contents(store, row)
             path = str(store.folder / row.file)
@@ -390,17 +412,18 @@ class Installer:
                 run(["modprobe", "-a", *wanted], check=False, timeout=60)
             return self.manager.load(path, following)
         except KmendError as error:
+            self._refused("load", row.name, kernel, error.what, error.reasons)
             return ActionReport("load", row.name, Result.REFUSED, error.what, refused=error.reasons)
 
     def _here(self, kernel: KernelState) -> dict[str, _Here]:
-        """The patches that the kernel has. One whose transition goes on, or whose load was killed, is not
-        settled: loading it again brings it to its end."""
+        """The patches that the kernel has. One whose transition goes on, or whose load was killed,
+        interrupted or not waited for, is not settled: loading it again brings it to its end."""
         try:
             records = Journal(self.config.state, kernel.boot_id).records()
         except KmendError:
             records = ()
         loads = journal.loads(records, kernel.boot_id)
-        begun = {row.patch for row in journal.unfinished(records, kernel.boot_id)}
+        begun = {row.patch for row in journal.resumable(records, kernel.boot_id)}
         return {
             patch.name: _Here(
                 sha256=str(loads[patch.name].detail.get("sha256", "")) if patch.name in loads else "",
@@ -421,21 +444,47 @@ class Installer:
         dangling = journal.unfinished(mine, found.attempt.boot)
         if dangling:
             return f"its last known action, `kmend {dangling[-1].verb} {dangling[-1].patch}`, did not end"
-        ended = [row.patch for row in mine if row.event == "end" and row.verb == "load"]
+        loaded = ("done", journal.PENDING)
+        ended = [
+            row.patch
+            for row in mine
+            if row.event == "end" and row.verb == "load" and row.result in loaded and row.patch != ALL
+        ]
         return f"it had loaded {', '.join(ended)}" if ended else ""
 
     def healthy(self) -> ActionReport:
-        """This boot is well: the next one may load again.
+        """This boot is well: the next one may load again. Waits for a kmend that acts just now.
 
         Raises:
-            Failed: the mark cannot be removed. Refused: another kmend acts now.
+            Unable: not root (rule ``not-root``). Failed: the mark cannot be removed.
+            Refused: the store is damaged; another kmend acts for longer than :data:`HEALTHY_LIMIT`.
         """
+        require_root("healthy")
         kernel = read_kernel(self.place)
+        with self._told("healthy", [ALL], kernel):
+            if self._mark() is None:
+                return _no_mark()
+            if not journal.is_free(self.place):
+                self.progress.step("waiting for the kmend that acts on this kernel now")
+            with journal.acting(self.place, "healthy", limit=HEALTHY_LIMIT):
+                return self._healthy()
+
+    def _mark(self) -> Persistence | None:
+        """How loading at boot stands, if a boot has left its mark.
+
+        Raises:
+            Refused: the store is damaged.
+        """
         found = self.look()
         if found is not None and found.trouble is not None:
             raise Refused([found.trouble])
+        return found if found is not None and found.attempt is not None else None
+
+    def _healthy(self) -> ActionReport:
+        """As it is found with the lock held: much may have happened while it was waited for."""
+        kernel, found = read_kernel(self.place), self._mark()
         if found is None or found.attempt is None:
-            return ActionReport("healthy", "", Result.DONE, "no patch waits for this boot to be healthy")
+            return _no_mark()
         if found.guard is Guard.TRIPPED:
             row = _tripped(found)
             return ActionReport(
@@ -450,36 +499,68 @@ class Installer:
                 "look at `kmend log` and dmesg; then kmend uninstall, or after the next boot "
                 "kmend load --all --retry",
             )
-            self._wrote("healthy", found.attempt.patches, refusal.what, kernel, {}, Refused([refusal]))
+            for name in found.attempt.patches:
+                self._refused("healthy", name, kernel, refusal.what, (refusal,))
             return ActionReport("healthy", "", Result.REFUSED, refusal.what, refused=(refusal,))
-        with journal.acting(self.place, "healthy"):
-            persistence.disarm(self.config.state, found.release)
-            minutes = max(0.0, time.time() - found.attempt.time) / 60
-            text = f"this boot is healthy, {minutes:.0f} minutes after its patches were loaded"
-            self._wrote("healthy", found.attempt.patches, text, kernel, {})
+        persistence.disarm(self.config.state, found.release)
+        minutes = max(0.0, time.time() - found.attempt.time) / 60
+        text = f"this boot is healthy, {minutes:.0f} minutes after its patches were loaded"
+        self._wrote("healthy", found.attempt.patches, text, kernel, {})
         return ActionReport("healthy", "", Result.DONE, text)
 
+    # -- the journal ---------------------------------------------------------------------------------
+
+    def _who(self) -> journal.Who:
+        return journal.who(self.place, " ".join(sys.argv[:8]))
+
     def _wrote(
-        self,
-        verb: str,
-        names: Sequence[str],
-        text: str,
-        kernel: KernelState,
-        steps: dict[str, str],
-        error: KmendError | None = None,
+        self, verb: str, names: Sequence[str], text: str, kernel: KernelState, steps: Mapping[str, str]
     ) -> None:
-        """Lines in the journal about what is done already, or was refused."""
+        """Lines in the journal about what is done already."""
         book = Journal(self.config.state, kernel.boot_id)
-        if verb in ("install", "uninstall", "healthy") and error is None:  # which hold the lock
+        if verb in ("install", "uninstall", "healthy"):  # which hold the lock
             journal.close_killed(book, self.place, verb)
-        by = journal.who(self.place, " ".join(sys.argv[:8]))
         for name in names:
-            words = error.what if error is not None else ", ".join(filter(None, (text, steps.get(name, ""))))
-            action = book.begin(verb, name, by, words, {})
-            action.end("done" if error is None else "refused", words)
+            words = ", ".join(filter(None, (text, steps.get(name, ""))))
+            book.begin(verb, name, self._who(), words, {}).end("done", words)
+
+    def _refused(
+        self, verb: str, name: str, kernel: KernelState, text: str, refusals: Sequence[Refusal] = ()
+    ) -> None:
+        """A line in the journal about what was not even begun."""
+        Journal(self.config.state, kernel.boot_id).refused(verb, name, self._who(), text, refusals)
+
+    @contextmanager
+    def _told(self, verb: str, names: Sequence[str], kernel: KernelState) -> Iterator[None]:
+        """Write down what is refused inside."""
+        try:
+            yield
+        except KmendError as error:
+            for name in names:
+                self._refused(verb, name, kernel, error.what, error.reasons)
+            raise
 
 
 # -- words -------------------------------------------------------------------------------------------
+
+
+def require_root(verb: str) -> None:
+    """Refuse at once what would fail half way. Being root is enough: no capability for loading is needed.
+
+    Raises:
+        Unable: rule ``not-root``.
+    """
+    if os.geteuid() != 0:
+        raise Unable(
+            f"kmend {verb} needs root",
+            why="what is loaded at boot is root's to decide",
+            next_step=f"sudo kmend {verb} …",
+            rule="not-root",
+        )
+
+
+def _no_mark() -> ActionReport:
+    return ActionReport("healthy", "", Result.DONE, "no patch waits for this boot to be healthy")
 
 
 def _chosen(store: Store, names: Sequence[str]) -> list[str]:
@@ -499,18 +580,6 @@ def _chosen(store: Store, names: Sequence[str]) -> list[str]:
 def _is_here(row: Installed, here: Mapping[str, _Here]) -> bool:
     """Whether the kernel has this very file. Of one that was loaded by hand nobody knows; the name tells."""
     return row.name in here and here[row.name].sha256 in ("", row.sha256)
-
-
-def _described(module: ModuleFile, data: bytes, layout: Layout) -> ModuleFile:
-    """What the module's descriptors say, read with the layout of the target's own structures."""
-    from kmend.elf.reader import read
-    from kmend.module.describe import describe
-
-    found = describe(read(data, module.path), layout, module.path)
-    if found.objects is None:
-        return module
-    wanted = tuple(Wanted(o.name, f.old_name, f.sympos) for o in found.objects for f in o.funcs)
-    return replace(module, wanted=wanted, replace=found.replace)
 
 
 def _report_beside(path: str, sha256: str) -> bytes:

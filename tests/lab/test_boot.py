@@ -185,6 +185,7 @@ def test_a_patch_that_crashes_the_machine_is_loaded_once(server: Server) -> None
             assert "LEFT OFF: the boot of 20" in text
             assert "began to load keep_a, keep_bomb and was never found to be healthy" in text
             assert "stay off" in kmend.ask("log").text
+            assert kmend.answer("status")["boot"]["not_loaded"] == []  # they are not to be in force
             # the timer comes in this boot too; it must not make the next one load again
             assert kmend.answer("healthy")["status"] == 0
     with server.up() as (guest, kmend):
@@ -229,8 +230,30 @@ def test_a_module_that_was_tampered_with_is_not_loaded(server: Server) -> None:
         found = kmend.answer(*BOOT)
         assert (found["status"], found["actions"][0]["refused"][0]["rule"]) == (1, "store-damaged")
         assert loaded(guest) == []
+        (row,) = kmend.answer("status")["boot"]["not_loaded"]
+        assert (row["name"], row["rules"], row["tried"]) == ("keep_a", ["store-damaged"], True)
+        assert "keep_a: NOT LOADED: " in kmend.ask("status").text
         guest.run("chmod 777 /var/lib/kmend", check=True)
         assert rules(kmend.answer(*BOOT)) == ["unsafe-store"]
+        assert "(unsafe-store)" in kmend.ask("status").text
+        assert rules(kmend.answer("install", "/root/keep_b.ko")) == ["unsafe-store"]
+
+
+def test_status_says_which_check_refused_a_patch_at_boot(server: Server) -> None:
+    """The kernel at boot is not as it was when the patch was installed: here, ftrace is switched off."""
+    with server.up() as (guest, kmend):
+        assert kmend.answer("install", "/root/keep_a.ko", "/root/keep_b.ko")["status"] == 0
+        (calm, _) = kmend.answer("status")["boot"]["not_loaded"]
+        assert (calm["name"], calm["tried"]) == ("keep_a", False)
+    with server.up() as (guest, kmend):
+        guest.run("echo 0 >/proc/sys/kernel/ftrace_enabled", check=True)
+        assert kmend.answer(*BOOT)["status"] == 1
+        first, second = kmend.answer("status")["boot"]["not_loaded"]
+        assert (first["name"], first["rules"]) == ("keep_a", ["ftrace-off"])
+        assert second["name"] == "keep_b"
+        assert second["why"] == "keep_b was not loaded, as it comes after keep_a"
+        text = kmend.ask("log").text  # both boots, each behind its mark
+        assert text.index("---- boot ") < text.index("install keep_a") < text.index("---- this boot ")
 
 
 #: The disk becomes the root file system of a machine whose initramfs has just mounted it, read-only.

@@ -6,13 +6,13 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 
-from kmend.cli.acting import Recorder, tell
+from kmend.cli.acting import Recorder, manager, tell
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
-from kmend.core.live import ActionReport
+from kmend.core.live import ActionReport, printable
 from kmend.installer import Installer, tripped_words
-from kmend.manager import Following, Manager
-from kmend.runtime.persistence import Guard, Persistence, Store
+from kmend.manager import Following
+from kmend.runtime.persistence import Absent, Guard, Persistence, Store
 
 EPILOG = """\
 At boot the unit kmend-load.service runs `kmend load --all --boot`: it loads what is installed for the kernel
@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Exit status 0: it is as asked for, and on the disk; 1: refused, and nothing has changed."""
+    """Exit status 0: it is as asked for, and on the disk; 1: refused, nothing has changed; 3: not root."""
     installer = Installer(context.config, context.progress)
     match args.verb:
         case "install":
@@ -99,7 +99,7 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
     reports: list[ActionReport] = []
     if args.unload:
         # Taken back first: killed in between, the patch is still installed, and the same command goes on.
-        machine = Manager(context.config, context.progress)
+        machine = manager(context)
         gone = installer.chosen(names)
         reports += [machine.unload(name, Following()) for name in machine.loaded() if name in gone]
     reports += installer.uninstall(names, args.kernel)
@@ -108,7 +108,7 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
 
 def load_all(args: argparse.Namespace, how: Following, context: Context) -> int:
     """``kmend load --all``."""
-    installer = Installer(context.config, context.progress)
+    installer = Installer(context.config, context.progress, manager=manager(context))
     recorder = Recorder("load", args.report, context)
     with recorder.watching("--all"):
         reports: Sequence[ActionReport] = installer.load_all(how, boot=args.boot, retry=args.retry)
@@ -166,6 +166,16 @@ def boot_document(found: Persistence | None) -> dict[str, object] | None:
         if attempt is None
         else {"boot": attempt.boot, "time": attempt.time, "patches": list(attempt.patches)},
         "trouble": None if found.trouble is None else found.trouble.what,
+        "not_loaded": [
+            {
+                "name": row.name,
+                "why": row.why,
+                "rules": list(row.rules),
+                "time": row.time,
+                "tried": row.tried,
+            }
+            for row in found.absent
+        ],
     }
 
 
@@ -187,3 +197,10 @@ def boot_text(found: Persistence | None) -> Iterator[str]:
                 yield "  this boot is not known to be healthy yet (kmend healthy, by timer or by hand)"
             case Guard.CLEAR:
                 pass
+    yield from map(absent_line, found.absent)
+
+
+def absent_line(row: Absent) -> str:
+    """An installed patch that is not in force, and what kmend's journal says about why."""
+    rules = f" ({', '.join(row.rules)})" if row.rules else ""
+    return printable(f"  {row.name}: {'NOT LOADED' if row.tried else 'not loaded yet'}: {row.why}{rules}")

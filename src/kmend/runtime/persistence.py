@@ -26,11 +26,17 @@ from pathlib import Path
 from kmend.core.errors import Failed, Refusal, Refused, UsageError
 from kmend.core.files import write_atomically
 from kmend.core.target import MAX_MODULE_NAME, Release
-from kmend.runtime.place import Place, optional
+from kmend.runtime import journal
+from kmend.runtime.place import Place, flag, is_folder, optional
+from kmend.runtime.state import make_folder
 
 SCHEMA = 1
 INDEX = "index.json"
 ATTEMPT = "attempt.json"
+#: What stands for a patch's name in lines of the journal that are about all that are installed.
+ALL = "--all"
+#: Verbs whose lines in the journal can say why a patch is not loaded.
+_LOADING = ("load", "unload", "disable", "enable")
 #: A file that turns loading at boot off while it is there.
 OFF_FILE = Path("/etc/kmend/off")
 #: The word on the kernel's command line that does so for one boot.
@@ -105,10 +111,28 @@ class Guard(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """An installed patch that should be in force, and is not loaded.
+
+    ``why`` is a sentence from the last line of this boot's journal about it, ``rules`` are those that refused
+    it, ``time`` is that of the line (seconds since the epoch; None where there is none). ``tried`` is False
+    for one that was installed in this boot, when nobody has loaded it yet.
+    """
+
+    name: str
+    why: str
+    rules: tuple[str, ...] = ()
+    time: float | None = None
+    tried: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Persistence:
     """Everything about loading at boot for one release. ``off`` says by what it is switched off, '' if not.
 
-    ``trouble`` is what is wrong with the store, when it cannot be read.
+    ``trouble`` is what is wrong with the store, when it cannot be read. ``absent`` is empty for a release
+    that does not run; where all patches are switched off or left off, it has those alone that somebody has
+    tried to load all the same.
     """
 
     release: Release
@@ -117,6 +141,7 @@ class Persistence:
     attempt: Attempt | None
     off: str
     trouble: Refusal | None = None
+    absent: tuple[Absent, ...] = ()
 
 
 def look(
@@ -137,7 +162,80 @@ def look(
         empty = Store(chosen, state / release, ())
         return Persistence(chosen, empty, Guard.CLEAR, None, off, error.reasons[0])
     guard = Guard.CLEAR if found is None else Guard.WATCHING if found.boot == boot else Guard.TRIPPED
-    return Persistence(chosen, store, guard, found, off)
+    missing = absent(place, state, store, boot, every=not off and guard is not Guard.TRIPPED)
+    return Persistence(chosen, store, guard, found, off, absent=missing)
+
+
+def absent(place: Place, state: Path, store: Store, boot: str, *, every: bool = True) -> tuple[Absent, ...]:
+    """The patches that should be in force and are not loaded, and what kmend's journal says about why.
+
+    Without ``every`` those alone of which it speaks by name. None for a release that does not run.
+    """
+    if optional(place.proc / "sys/kernel/osrelease") != store.release:
+        return ()
+    wanted = [row.name for row in store.wanted]
+    missing = [name for name in wanted if not is_folder(place.livepatch / name)]
+    if not missing:
+        return ()
+    try:
+        records = journal.Journal(state, boot).records()
+    except Failed as error:
+        return tuple(Absent(name, f"why is not known: {error.what}") for name in missing if every)
+    told = {
+        row.patch: (at, row)
+        for at, row in enumerate(records)
+        if row.boot == boot
+        and row.event != "step"
+        and (row.verb in _LOADING or (row.verb == "install" and row.result == "done"))
+    }
+    # a cumulative patch of which the index does not know that it is one has replaced those before it
+    known = journal.replacing(records, boot)
+    over = [name for name in wanted if name not in missing and _replaces(place, name, known)]
+    if over:
+        missing = [name for name in missing if wanted.index(name) > wanted.index(over[-1])]
+    everything = told.get(ALL) if every else None
+    refused = everything if everything is not None and everything[1].result == "refused" else None
+    found = []
+    for name in missing:
+        last = max((row for row in (told.get(name), refused) if row is not None), default=None, key=_place)
+        if last is not None or every:
+            found.append(_absent(name, None if last is None else last[1]))
+    return tuple(found)
+
+
+def _replaces(place: Place, name: str, known: Mapping[str, bool]) -> bool:
+    shown = flag(place.livepatch / name / "replace")
+    return shown if shown is not None else known.get(name) is True
+
+
+def _place(row: tuple[int, journal.Record]) -> int:
+    return row[0]
+
+
+def _absent(name: str, row: journal.Record | None) -> Absent:
+    """Why, by the last line about it."""
+    if row is None:
+        return Absent(name, "nobody has tried to load it in this boot (systemctl status kmend-load.service)")
+    listed, reasons = row.detail.get("rules"), row.detail.get("why")
+    rules = tuple(map(str, listed)) if isinstance(listed, list) else ()
+    tried = True
+    match row.verb, row.event, row.result:
+        case "install", _, _:
+            why, tried = "it was installed in this boot; `kmend load --all` loads it", False
+        case verb, "begin", _:
+            why = f"`kmend {verb} {row.patch}`, process {row.pid}, has begun and has not ended"
+        case "load", _, "done" | "pending":
+            why = "it was loaded in this boot, and has been replaced or taken away since"
+        case _:
+            first = str(reasons).partition("\n")[0] if reasons else ""
+            why = row.text
+            if first.startswith(row.text) or (first and row.text == f"{name} was not loaded"):
+                why = first  # says more than that
+            elif first:
+                why = f"{row.text}: {first}"
+            if len(rules) > 1:
+                why += f", and {len(rules) - 1} more"
+    return Absent(name, why, rules, row.time, tried)
 
 
 def switched_off(place: Place, off_file: Path = OFF_FILE) -> str:
@@ -255,7 +353,8 @@ def require_safe(store: Store) -> None:
     Raises:
         Refused: (rule ``unsafe-store``).
     """
-    for path in (store.folder.parent, store.folder, *(store.folder / row.file for row in store.patches)):
+    files = (INDEX, *(row.file for row in store.patches))
+    for path in (store.folder.parent, store.folder, *(store.folder / name for name in files)):
         try:
             found = path.stat()
         except OSError:
@@ -281,9 +380,11 @@ def add(store: Store, rows: Sequence[tuple[Installed, bytes, bytes]]) -> Store:
 
     Raises:
         Failed: (rule ``unwritable``) the store is as it was.
+        Refused: (rule ``unsafe-store``) so is it then: what is there would not be loaded at boot.
     """
     with _writing(store.folder):
         _make(store.folder)
+        require_safe(store)
         for row, module, report in rows:
             write_atomically(store.folder / row.file, module)
             if row.report:
@@ -385,7 +486,7 @@ def _make(folder: Path) -> None:
 
     The state folder may just have been made by who did not sync: what is above it is synced as well.
     """
-    folder.mkdir(0o755, parents=True, exist_ok=True)
+    make_folder(folder)
     for path in (folder.parent, folder.parent.parent):
         _sync(path)
 
