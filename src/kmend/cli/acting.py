@@ -138,29 +138,19 @@ def asker(context: Context) -> Ask:
     return ask
 
 
-def done(report: ActionReport) -> bool:
-    """Whether what was asked for is done, or begun where no more was asked for (``--no-wait``).
-
-    A transition that was followed, and goes on because somebody said so when asked at a stall, is not.
-    """
-    from kmend.report.action import succeeded
-
-    return succeeded(report) and not (report.result is Result.PENDING and report.followed)
-
-
 def tell(verb: str, reports: Sequence[ActionReport], context: Context) -> int:
     """Print the reports; the verb's exit status."""
-    from kmend.report.action import to_document, to_text
+    from kmend.report.action import succeeded, to_document, to_text
 
     context.emit(to_document(verb, reports))
     for report in reports:
         text = to_text(report)
-        if done(report):
+        if succeeded(report):
             context.say(text)
         else:
             context.progress.close()
             sys.stderr.write(text + "\n")
-    return 0 if all(map(done, reports)) else 1
+    return 0 if all(map(succeeded, reports)) else 1
 
 
 class Recorder:
@@ -281,6 +271,8 @@ def each(
     file: str | None = None,
 ) -> int:
     """Do it for each name in turn, up to the first that does not succeed; ``file`` is that of --report."""
+    from kmend.report.action import succeeded
+
     recorder = Recorder(verb, file, context)
     reports: list[ActionReport] = []
     for name in names:
@@ -294,6 +286,6 @@ def each(
                 "`kmend status` shows it, the same command again goes on with it\n"
             )
             raise
-        if not done(reports[-1]):
+        if not succeeded(reports[-1]):
             break
     return tell(verb, recorder.write(reports), context)

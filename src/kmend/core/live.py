@@ -236,7 +236,11 @@ class KernelState:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """A line of `kmend log`. ``time`` is seconds since the epoch; ``source`` is ``kernel`` or ``kmend``."""
+    """A line of `kmend log`. ``time`` is seconds since the epoch; ``source`` is ``kernel`` or ``kmend``.
+
+    ``record`` is a line of the journal, or where a boot begins (``event``: ``boot``); of a kernel's line it
+    has the boot.
+    """
 
     time: float
     source: str

@@ -10,8 +10,13 @@ from kmend.report.live import transition_document
 
 
 def succeeded(report: ActionReport) -> bool:
-    """Whether the verb ends with status 0."""
-    return report.result in (Result.DONE, Result.PENDING)
+    """Whether the verb ends with status 0: what was asked for is done, or begun if that was all."""
+    return report.result is Result.DONE or (report.result is Result.PENDING and not left(report))
+
+
+def left(report: ActionReport) -> bool:
+    """Whether a transition that was followed goes on, because somebody said so when asked at a stall."""
+    return report.result is Result.PENDING and bool(report.followed)
 
 
 def to_document(verb: str, reports: Sequence[ActionReport]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from kmend.core.errors import Refusal
 from kmend.core.live import ActionReport, Check, Followed, Occasion, Phase, Result, Transition, printable
 from kmend.core.report import BuildReport
 from kmend.report import live
-from kmend.report.action import succeeded
+from kmend.report.action import left, succeeded
 from kmend.report.build import verified_line
 from kmend.report.plot import Plot, plot
 
@@ -113,7 +113,7 @@ def _action(occasion: Occasion, report: ActionReport, build: BuildReport | None)
     return Action(
         report=report,
         good=succeeded(report),
-        title=_TITLES[report.result],
+        title="left as it is" if left(report) else _TITLES[report.result],
         log=_log(occasion, report),
         plot=plot(report),
         unwatched=_unwatched(report),
