@@ -351,6 +351,12 @@ def test_the_whole_life(server: Server, prepared: Prepared, capsys: pytest.Captu
         machine.type(f"while test -e /var/lib/kmend/{RELEASE}/attempt.json; do sleep 1; done", timeout=120)
         assert boot(machine)["guard"] == "clear"
         assert "is healthy" in machine.type("journalctl -b -u kmend-healthy.service; kmend log").text
+        # also what the kernel of the boot before said, as systemd has kept it
+        before, this = machine.type("kmend log").text.split("---- this boot ")
+        assert before.startswith("20")
+        assert "---- boot " in before
+        assert "livepatch: 'kmend_both': unpatching complete" in before
+        assert "livepatch: 'kmend_both': patching complete" in this
         well(machine)
         history += machine.history
         machine.off()

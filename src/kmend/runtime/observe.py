@@ -194,7 +194,7 @@ def _boundary(boot: str, time: float, here: bool, patches: Iterable[str]) -> Log
 
 def _journal_entry(row: journal.Record) -> LogEntry:
     result = f" [{row.result}]" if row.result else ""
-    by = f", by {row.user}" if row.event == "begin" else ""
+    by = f", by {row.user}" if row.event == "begin" or row.result == "refused" else ""
     return LogEntry(
         row.time,
         "kmend",
