@@ -319,6 +319,33 @@ def test_a_killed_action_is_found_by_the_next(place: Place, tmp_path: Path) -> N
         assert [row.patch for row in mine.unfinished] == ["two"]
 
 
+def test_a_journal_that_was_read_is_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    original = journal._parsed
+
+    def counted(line: str) -> journal.Record | None:
+        parsed.append(line)
+        return original(line)
+
+    monkeypatch.setattr(journal, "_parsed", counted)
+    book = Journal(tmp_path, "b")
+    for name in ("one", "two"):
+        book.begin("load", name, ME, "", {})
+        assert [row.patch for row in book.records()][-1] == name
+    assert len(parsed) == 2
+    with book.path.open("ab") as file:
+        file.write(b'{"schema":1,"torn')
+    assert [row.patch for row in book.records()] == ["one", "two"]
+    # another file of that name, be it longer, is read from its beginning
+    moved = book.path.rename(tmp_path / "log.1")
+    for name in ("a", "b", "c"):
+        book.begin("load", name, ME, "", {})
+    assert [row.patch for row in Journal(tmp_path, "b").records()] == ["a", "b", "c"]
+    moved.rename(book.path)
+    book.begin("load", "three", ME, "", {})
+    assert [row.patch for row in book.records()] == ["one", "two", "three"]
+
+
 def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
     book = Journal(tmp_path, "b")
     book.begin("load", "one", ME, "", {})

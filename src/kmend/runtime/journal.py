@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from kmend.core.errors import Failed, Refusal, Refused
 from kmend.runtime.place import Place, optional
@@ -31,6 +32,8 @@ NAME = "log"
 INTERRUPTED, PENDING = "interrupted", "pending"
 #: The lock that whoever acts on the kernel holds, in ``/run``: it goes with the boot, as does what it guards.
 LOCK = "kmend.lock"
+#: So many bytes before the end of what was read tell one file from another: a line with its time.
+_LAST = 512
 #: Seconds to wait for it: who only asks whether it is free (:func:`is_free`) holds it for an instant.
 _LOCK_LIMIT = 0.5
 
@@ -109,7 +112,9 @@ class Journal:
             Failed: (rule ``not-permitted``) this user may not read it.
         """
         try:
-            lines = self.path.read_text(errors="replace").splitlines()
+            with self.path.open("rb") as file:
+                known = _READ.setdefault(self.path, _Read())
+                known.add(file)
         except (FileNotFoundError, NotADirectoryError):
             return ()
         except OSError as error:
@@ -119,7 +124,7 @@ class Journal:
                 next_step="run kmend as root",
                 rule="not-permitted",
             ) from error
-        return tuple(row for row in map(_parsed, lines) if row is not None)
+        return tuple(known.rows)
 
     def append(self, row: Mapping[str, object]) -> None:
         """Add a line and make it last."""
@@ -138,6 +143,35 @@ class Journal:
             self.trouble = ""
         except OSError as error:
             self.trouble = f"{self.path}: {error.strerror or error}"
+
+
+@dataclass(slots=True)
+class _Read:
+    """What has been read of a journal: an action asks several times, and after years it is long.
+
+    ``end`` is where the next line begins, ``last`` what stands before: by that it is told whether the file is
+    still the one that was read.
+    """
+
+    rows: list[Record] = field(default_factory=list)
+    end: int = 0
+    last: bytes = b""
+
+    def add(self, file: BinaryIO) -> None:
+        """The lines that have come since. One without an end is torn, or is just being written."""
+        file.seek(self.end - len(self.last))
+        if file.read(len(self.last)) != self.last:
+            self.rows, self.end, self.last = [], 0, b""
+            file.seek(0)
+        lines, newline, _ = file.read().rpartition(b"\n")
+        if newline:
+            found = map(_parsed, lines.decode(errors="replace").split("\n"))
+            self.rows += [row for row in found if row is not None]
+            self.end += len(lines) + 1
+            self.last = (lines + newline)[-_LAST:]
+
+
+_READ: dict[Path, _Read] = {}
 
 
 class Action:
