@@ -208,5 +208,6 @@ def _object_file(path: Path, name: str, why: str) -> UsageError:
 
 
 def scratch(config: Config) -> AbstractContextManager[Path]:
-    """A folder for this run only."""
+    """A folder for this run only. What killed runs left of theirs goes, whatever this run will need."""
+    compiling.sweep_killed(config)
     return scratch_folder(config.cache / "scratch", "build")

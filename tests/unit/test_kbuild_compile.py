@@ -16,6 +16,7 @@ from kmend.core.progress import Silent
 from kmend.core.target import Linkage, Release, Target, Unit
 from kmend.kernel import compile as compiling
 from kmend.kernel.kbuild import CompileCommand
+from kmend.view import scratch
 
 UNIT = Unit("lib/one.o", "lib/one.c", "vmlinux", Linkage.BUILTIN)
 COMMAND = CompileCommand(
@@ -138,6 +139,20 @@ def test_unwritable_output(compile_one: Compile, tmp_path: Path) -> None:
     with pytest.raises(Failed) as caught:
         compile_one(out=tmp_path / "file")
     assert caught.value.rule == "unwritable"
+
+
+def test_a_run_that_finds_its_original_removes_what_a_killed_one_left(
+    target: Target, settings: Config
+) -> None:
+    """Killed once its object was in the store, but its folder not yet gone."""
+    compiling.original(settings, target, UNIT, COMMAND)
+    work = settings.objects / "work"
+    (work / "unit-killed").mkdir()
+    (work / "unit-killed.lock").touch()
+    (work / "unit-late.lock").touch()
+    with scratch(settings):
+        assert compiling.original(settings, target, UNIT, COMMAND).cached
+        assert list(work.iterdir()) == []
 
 
 def test_originals_are_kept_by_content(target: Target, settings: Config, tree: Path) -> None:

@@ -35,7 +35,7 @@ from time import perf_counter
 
 from kmend.core.config import Config
 from kmend.core.errors import Failed
-from kmend.core.files import scratch_folder, write_atomically
+from kmend.core.files import scratch_folder, sweep, write_atomically
 from kmend.core.progress import Progress
 from kmend.core.run import Children, run
 from kmend.core.target import Linkage, Target, Unit
@@ -277,6 +277,9 @@ def _words(text: str) -> list[str]:
 
 # The cache of originals ------------------------------------------------------------------------
 
+#: Prefix of the folders in which originals are compiled.
+_UNIT = "unit"
+
 
 def original(
     config: Config,
@@ -303,7 +306,7 @@ def original(
             return found
     except (OSError, ValueError, TypeError):
         pass  # no manifest, a damaged one, or a file of it is gone: compile
-    with scratch_folder(store / "work", "unit") as folder:
+    with scratch_folder(_work(config), _UNIT) as folder:
         made = compile_unit(
             target,
             unit,
@@ -330,6 +333,16 @@ def original(
         except OSError as error:
             raise _unwritable(store, error) from error
     return dataclasses.replace(made, path=place)
+
+
+def sweep_killed(config: Config) -> None:
+    """Remove what killed runs left of originals that they compiled, also when this run compiles none."""
+    sweep(_work(config), _UNIT)
+
+
+def _work(config: Config) -> Path:
+    """Where originals are compiled, beside where they are kept: a rename puts them there."""
+    return config.objects / "work"
 
 
 def _place(store: Path, key: str) -> Path:
