@@ -197,15 +197,17 @@ def test_what_does_not_stop_is_let_go_at_the_deadline() -> None:
         calls.append((request, tid, data))
         return errno.EPERM if tid == 3 else 0
 
-    def waitpid(tid: int, _options: int) -> tuple[int, int]:
+    def waitid(tid: int) -> int | None:
         # 1: a signal is about to be delivered; 2: never stops; 4: has ended
-        return {1: (1, signal.SIGTERM << 8 | 0x7F), 2: (0, 0), 4: (4, 0)}[tid]
+        return {1: int(signal.SIGTERM), 2: None, 4: 0}[tid]
 
-    woken = Woken()
-    wake._interrupt_all([1, 2, 3, 4], 0.02, woken, ptrace, waitpid)
-    assert woken.interrupted == [1, 4]
-    assert woken.failed.keys() == {2, 3}
-    assert "uninterruptibly" in woken.failed[2]
+    said: dict[int, str] = {}
+
+    def say(word: wake._Word, tid: int, _number: int) -> None:
+        said[tid] = word.value
+
+    assert not wake._interrupt_all([1, 2, 3, 4], 0.02, say, ptrace, waitid)
+    assert said == {1: "interrupted", 2: "unstopped", 3: "refused", 4: "interrupted"}
     assert (wake.syscalls.PTRACE_DETACH, 1, signal.SIGTERM) in calls
 
 

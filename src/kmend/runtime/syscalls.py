@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from functools import cache
 
 from kmend.core.errors import Unable
@@ -19,6 +20,8 @@ PTRACE_SEIZE = 0x4206
 PTRACE_INTERRUPT = 0x4207
 PTRACE_DETACH = 17
 _PTRACE_PEEKUSER, _PTRACE_POKEUSER = 3, 6
+#: include/uapi/linux/prctl.h
+_PR_SET_PDEATHSIG = 1
 #: ``waitpid(2)``: also for threads that are no children (include/uapi/linux/wait.h).
 WALL = 0x40000000
 
@@ -47,7 +50,7 @@ def _number(which: int) -> int:
 
 def finit_module(fd: int, parameters: str) -> int:
     """Load the module in an open file; returns when its init function has. Flags: none, nothing is forced."""
-    words = ctypes.c_char_p(parameters.encode())
+    words = ctypes.c_char_p(os.fsencode(parameters))
     if _libc().syscall(ctypes.c_long(_number(0)), ctypes.c_long(fd), words, ctypes.c_long(0)) == 0:
         return 0
     return ctypes.get_errno()
@@ -56,7 +59,7 @@ def finit_module(fd: int, parameters: str) -> int:
 def delete_module(name: str) -> int:
     """Unload a module; EWOULDBLOCK when it is in use. Never by force."""
     flags = ctypes.c_long(os.O_NONBLOCK)
-    if _libc().syscall(ctypes.c_long(_number(1)), ctypes.c_char_p(name.encode()), flags) == 0:
+    if _libc().syscall(ctypes.c_long(_number(1)), ctypes.c_char_p(os.fsencode(name)), flags) == 0:
         return 0
     return ctypes.get_errno()
 
@@ -64,6 +67,13 @@ def delete_module(name: str) -> int:
 def ptrace(request: int, tid: int, data: int = 0) -> int:
     """``ptrace(2)`` with address 0."""
     if _libc().ptrace(request, tid, None, ctypes.c_void_p(data)) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+def die_with_parent() -> int:
+    """``prctl(PR_SET_PDEATHSIG, SIGKILL)``: this process is killed when the thread that forked it ends."""
+    if _libc().prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)) == 0:
         return 0
     return ctypes.get_errno()
 

@@ -6,49 +6,80 @@ on its way to user space and lets it go; most system calls are then restarted un
 were measured this is the gentlest: no process sees a signal, a stop or a changed state. Some of the calls to
 which the kernel's own signal gives EINTR are begun anew instead (:mod:`kmend.runtime.restart`).
 
-What could go wrong, and why it does not:
+A helper does it, a fork of kmend that only holds tasks and lets them go: whatever keeps it from going on, its
+end lets go of all that it has seized (``exit_ptrace()``, kernel/ptrace.c). What could go wrong, and why it
+does not:
 
-- A task that sleeps uninterruptibly does not stop. It is waited for with a deadline, and the end of the
-  seizing thread, one for each batch, lets go of it (``exit_ptrace()``, kernel/ptrace.c).
-- A signal that arrives just then stops the task before it is delivered. It is let go with that very signal.
-- kmend is killed meanwhile: the kernel lets go of everything that it had seized.
-- kmend itself is stopped (Ctrl-Z): what it holds would be stopped for as long. While it holds something it
-  keeps these signals back, and gives in to them afterwards. SIGSTOP cannot be kept back, nor can the freezing
-  of its cgroup: then the tasks of one batch stay as they are until kmend goes on, or is killed.
+- A task that sleeps uninterruptibly does not stop. It is waited for with a deadline; then the helper ends.
+- Seizing may wait without limit: ``ptrace_attach()`` takes the mutex that ``execve(2)`` holds while it reads
+  the new program, perhaps from a file system that does not answer, and while it waits for the other threads
+  to end, of which the helper may hold one. A helper that is not heard of for a while is killed (its wait can
+  be), and that task is left alone.
+- A signal that arrives just then stops the task before it is delivered. It is let go with that very signal;
+  until then the kernel keeps it (``WNOWAIT``), so that it is not lost when the helper is killed.
+- kmend is killed meanwhile: the kernel kills the helper.
+- kmend itself is stopped (Ctrl-Z): it keeps these signals back while the helper works, and gives in to them
+  afterwards. SIGSTOP stops kmend alone. When its cgroup is frozen, the tasks of one batch stay as they are
+  until it is thawed.
 - A thread's number may belong to another thread by now: that one is interrupted in its place, unseen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from enum import Enum
 from types import FrameType
+from typing import NoReturn
 
 from kmend.runtime import restart, syscalls
 
-#: So many are seized at once. One that stops is let go of when it is looked at next, after the others of its
-#: batch; one that does not stop stays seized until the batch's deadline.
+#: So many are seized at once. One that stops is let go of when it is looked at next; one that does not stop
+#: stays seized until the batch's deadline.
 BATCH = 32
 #: Seconds that a batch may take to stop; an interruptible sleeper needs well under a millisecond.
 LIMIT = 0.5
+#: Seconds beyond that limit without a word of the helper's, after which it is killed.
+SILENCE = 1.0
 #: Seconds between two looks at those that have not stopped.
 _PAUSE = 0.0005
-#: Seconds to wait for the kernel's part of a thread's end; it takes microseconds.
-_END = 1.0
 #: What the terminal, or a shell's user, stops a program with.
 _STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-
-Ptrace = Callable[[int, int, int], int]
-Waitpid = Callable[[int, int], tuple[int, int]]
-#: ``waitpid(2)``'s status of a seized thread that stops for us (``PTRACE_EVENT_STOP``), shifted by 16.
+#: ``waitid(2)``'s status of a seized thread that stops for us (``PTRACE_EVENT_STOP``), shifted by 8.
 _EVENT_STOP = 128
+#: So many bytes of the helper's words are read at once.
+_WORDS = 1 << 16
+
+
+class _Word(Enum):
+    """What the helper says, each about one thread."""
+
+    #: what comes next may not come back
+    AT = "at"
+    INTERRUPTED = "interrupted"
+    RESTARTED = "restarted"
+    #: with the error number
+    REFUSED = "refused"
+    #: not within the limit
+    UNSTOPPED = "unstopped"
+    #: of no thread: this batch is over
+    BATCH = "batch"
+
+
+Say = Callable[[_Word, int, int], None]
+Ptrace = Callable[[int, int, int], int]
+#: ``None``: it has not stopped; else how it stopped: 0 for an end, the number of an event shifted by 8 with
+#: SIGTRAP or the group's signal, or the signal that is about to be delivered.
+Waitid = Callable[[int], int | None]
 
 
 @dataclass(slots=True)
@@ -66,37 +97,20 @@ class Woken:
 def interrupt(tids: Iterable[int], limit: float = LIMIT) -> Woken:
     """Interrupt each thread once. ``limit`` is for each batch, in seconds. Never raises for a task."""
     woken = Woken()
-    todo = list(tids)
-    for at in range(0, len(todo), BATCH):
-        with _unstopped():
-            _in_a_thread(todo[at : at + BATCH], limit, woken)
+    todo = list(dict.fromkeys(tids))
+    with _unstopped():
+        while todo:
+            todo = _by_helper(todo, limit, woken)
     return woken
-
-
-def _in_a_thread(tids: Sequence[int], limit: float, woken: Woken) -> None:
-    """What a thread has seized is let go at its end: a task that never stops is not held beyond this."""
-
-    def work() -> None:
-        _interrupt_all(tids, limit, woken, syscalls.ptrace, os.waitpid)
-
-    thread = threading.Thread(target=work, name="kmend-wake", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    finally:  # Ctrl-C: a moment, and nothing is held any more
-        thread.join(limit + _END)
-        # Python is done with a thread before the kernel is
-        shown, deadline = Path(f"/proc/self/task/{thread.native_id}"), time.monotonic() + _END
-        while shown.exists() and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
 
 
 @contextmanager
 def _unstopped() -> Iterator[None]:
     """Keep signals back that would stop kmend, and give in to them at the end.
 
-    A new thread inherits the mask. One that ran before (a progress display's) has not got it and may take the
-    signal for all of kmend: so it finds a handler in place of the default. Only the main thread can set one.
+    A new process inherits the mask. A thread that ran before (a progress display's) has not got it and may
+    take the signal for all of kmend, so it finds a handler in place of the default; only the main
+    thread can set one.
     """
     kept: set[int] = set()
 
@@ -119,47 +133,195 @@ def _unstopped() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _interrupt_all(tids: Sequence[int], limit: float, woken: Woken, ptrace: Ptrace, waitpid: Waitpid) -> None:
+# -- kmend's side ----------------------------------------------------------------------------------
+
+
+def _by_helper(tids: Sequence[int], limit: float, woken: Woken) -> list[int]:
+    """Have a helper interrupt them; what is left to do for another one."""
+    left = dict.fromkeys(tids)
+    try:
+        reading, writing = os.pipe()
+    except OSError as error:
+        woken.failed |= dict.fromkeys(tids, f"no helper: {error.strerror}")
+        return []
+    kmend = os.getpid()
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forks where threads run; the helper takes no lock that one could hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            helper = os.fork()
+    except OSError as error:
+        os.close(reading)
+        os.close(writing)
+        woken.failed |= dict.fromkeys(tids, f"no helper: {error.strerror}")
+        return []
+    if helper == 0:
+        _helper(tids, limit, kmend, reading, writing)
+    os.close(writing)
+    killed = False
+    try:
+        last = 0
+        for word, tid, number in _heard(reading, limit + SILENCE):
+            match word:
+                case _Word.AT:
+                    last = tid
+                    continue
+                case _Word.BATCH:
+                    last = 0
+                    continue
+                case _Word.INTERRUPTED:
+                    woken.interrupted.append(tid)
+                case _Word.RESTARTED:
+                    woken.interrupted.append(tid)
+                    woken.restarted.append(tid)
+                case _Word.REFUSED:
+                    woken.failed[tid] = _refused(number)
+                case _Word.UNSTOPPED:
+                    woken.failed[tid] = f"it did not stop within {limit:g} s: it sleeps uninterruptibly"
+            left.pop(tid, None)
+        # silent: killed. Ended by itself: all is said, or something did not stop (or somebody killed it)
+        killed = not _ended(helper)
+        if killed and last in left:
+            woken.failed[last] = "it cannot be reached: its process is executing another program"
+            del left[last]
+    finally:
+        os.close(reading)  # at Ctrl-C: the helper's next word ends it
+        _end(helper, 0.0 if killed else limit + SILENCE)
+    if len(left) == len(tids):
+        woken.failed |= dict.fromkeys(left, "the helper that was to interrupt it ended before")
+        return []
+    return list(left)
+
+
+def _refused(number: int) -> str:
+    if number == errno.EPERM:
+        return "it is traced already, or the kernel does not let it be traced"
+    return os.strerror(number)
+
+
+def _heard(reading: int, silence: float) -> Iterator[tuple[_Word, int, int]]:
+    """What the helper says, until it ends or says nothing for so many seconds."""
+    text = b""
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    while poll.poll(silence * 1000):
+        data = os.read(reading, _WORDS)
+        if not data:
+            return
+        *lines, text = (text + data).split(b"\n")
+        for line in lines:
+            word, tid, number = line.decode().split()
+            yield _Word(word), int(tid), int(number)
+
+
+def _ended(helper: int) -> bool:
+    """Whether it has ended by itself, or is about to: it has closed its side."""
+    deadline = time.monotonic() + 0.1
+    while os.waitid(os.P_PID, helper, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_PAUSE)
+    return True
+
+
+def _end(helper: int, patience: float) -> None:
+    """Wait for its end; kill it when that does not come within so many seconds."""
+    deadline = time.monotonic() + patience
+    while os.waitid(os.P_PID, helper, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() >= deadline:
+            os.kill(helper, signal.SIGKILL)
+            break
+        time.sleep(_PAUSE)
+    os.waitpid(helper, 0)
+
+
+# -- the helper's side -----------------------------------------------------------------------------
+
+
+def _helper(tids: Sequence[int], limit: float, kmend: int, reading: int, writing: int) -> NoReturn:
+    """What the helper does; it does not return. Its end lets go of everything that it has seized."""
+    try:
+        # kmend acts on them, and the helper soon ends
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        syscalls.die_with_parent()
+        os.close(reading)
+
+        def say(word: _Word, tid: int, number: int) -> None:
+            os.write(writing, f"{word.value} {tid} {number}\n".encode())
+
+        at, free = 0, os.getppid() == kmend  # else it died before it would have taken the helper with it
+        while free and at < len(tids):
+            free = _interrupt_all(tids[at : at + BATCH], limit, say, syscalls.ptrace, _stopped)
+            say(_Word.BATCH, 0, 0)
+            at += BATCH
+    finally:
+        os._exit(0)
+
+
+def _interrupt_all(tids: Sequence[int], limit: float, say: Say, ptrace: Ptrace, waitid: Waitid) -> bool:
+    """One batch; whether nothing is held any more."""
     # looks into tasks' memory, which may take its time: before anything is held
-    foretold = {tid: restart.foretell(f"/proc/{tid}") for tid in tids}
+    foretold: dict[int, restart.Call | None] = {}
+    for tid in tids:
+        say(_Word.AT, tid, 0)
+        foretold[tid] = restart.foretell(f"/proc/{tid}")
     held: list[int] = []
     for tid in tids:
+        say(_Word.AT, tid, 0)
         number = ptrace(syscalls.PTRACE_SEIZE, tid, 0)
         if number == 0:
-            number = ptrace(syscalls.PTRACE_INTERRUPT, tid, 0)
+            ptrace(syscalls.PTRACE_INTERRUPT, tid, 0)  # ESRCH: it has ended, and is waited for all the same
             held.append(tid)
-        if number == errno.ESRCH:  # it has ended; one that was seized is waited for all the same
-            if tid not in held:
-                woken.interrupted.append(tid)
-        elif number == errno.EPERM and tid not in held:
-            woken.failed[tid] = "it is traced already, or the kernel does not let it be traced"
-        elif number and tid not in held:
-            woken.failed[tid] = os.strerror(number)
+        elif number == errno.ESRCH:
+            say(_Word.INTERRUPTED, tid, 0)
+        else:
+            say(_Word.REFUSED, tid, number)
+        # none is held for longer than it must be: seizing the next one may take its time
+        held = [one for one in held if not _let_go(one, foretold[one], say, ptrace, waitid)]
     deadline = time.monotonic() + limit
     while held:
-        held = [tid for tid in held if not _let_go(tid, foretold[tid], ptrace, waitpid, woken)]
+        held = [tid for tid in held if not _let_go(tid, foretold[tid], say, ptrace, waitid)]
         if held and time.monotonic() >= deadline:
             for tid in held:
-                woken.failed[tid] = f"it did not stop within {limit:g} s: it sleeps uninterruptibly"
-            return
+                say(_Word.UNSTOPPED, tid, 0)
+            return False
         if held:
             time.sleep(_PAUSE)
+    return True
 
 
-def _let_go(tid: int, foretold: restart.Call | None, ptrace: Ptrace, waitpid: Waitpid, woken: Woken) -> bool:
+def _let_go(tid: int, foretold: restart.Call | None, say: Say, ptrace: Ptrace, waitid: Waitid) -> bool:
     """Let go of a thread that has stopped; whether nothing more is to be done about it."""
     try:
-        found, status = waitpid(tid, os.WNOHANG | syscalls.WALL)
+        stop = waitid(tid)
     except ChildProcessError:  # no longer ours: it has ended
-        woken.interrupted.append(tid)
-        return True
-    if found == 0:
+        stop = 0
+    if stop is None:
         return False
-    if os.WIFSTOPPED(status):
+    word = _Word.INTERRUPTED
+    if stop:
         # a stop of our making, or a group's stop, has an event; else a signal is about to be delivered
-        deliver = os.WSTOPSIG(status) if status >> 16 == 0 else 0
-        if status >> 16 == _EVENT_STOP and restart.begin_anew(tid, foretold):
-            woken.restarted.append(tid)
-        ptrace(syscalls.PTRACE_DETACH, tid, deliver)
-    woken.interrupted.append(tid)
+        event, deliver = stop >> 8, stop & 0xFF
+        if event == _EVENT_STOP and restart.begin_anew(tid, foretold):
+            word = _Word.RESTARTED
+        ptrace(syscalls.PTRACE_DETACH, tid, 0 if event else deliver)
+    say(word, tid, 0)
     return True
+
+
+def _stopped(tid: int) -> int | None:
+    """Whether a seized thread has stopped, and how (:data:`Waitid`); an end is taken note of.
+
+    The stop stays as it is (``WNOWAIT``): a signal is gone when nobody is left who would deliver it
+    (``wait_task_stopped()``, kernel/exit.c; ``ptrace_signal()``, kernel/signal.c).
+    """
+    flags = os.WEXITED | os.WSTOPPED | os.WNOHANG | syscalls.WALL
+    found = os.waitid(os.P_PID, tid, flags | os.WNOWAIT)
+    if found is None:
+        return None
+    if found.si_code in (os.CLD_TRAPPED, os.CLD_STOPPED):
+        return found.si_status
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | syscalls.WALL)
+    return 0
