@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -303,6 +306,51 @@ def test_a_stall_has_its_blockers_and_a_task_is_not_woken_over_and_over(place: P
     assert found.last is not None
     assert [row.task.name for row in found.last.blockers] == ["reader"]
     assert 2 <= len(woken) <= 4
+
+
+def test_what_cannot_be_woken_is_told_once_while_it_is_waited_for(place: Place) -> None:
+    write(place.proc / "7/task/7/stat", "7 (reader) D 1 1 1 0 -1 0 0 0")
+    woken: list[int] = []
+    told: list[str] = []
+    one = follower(Kernel(place, {}), Phase.PATCHING, 8, woken)
+    one.told = lambda step: told.append(step.text)
+    found = one.run()
+    assert (found.end, woken) == (End.STALLED, [])
+    (step,) = found.steps
+    assert 1.0 <= step.seconds < 2.0
+    assert step.text.startswith("waits for 1 task: 7 (reader) sleeps uninterruptibly inside f()")
+    assert (told, step.tids) == ([step.text], ())
+
+
+def test_what_is_woken_at_the_limit_gets_the_kernels_next_retry(place: Place) -> None:
+    """A limit that is over before anything would be woken."""
+    woken: list[int] = []
+    script: dict[float, dict[str, str] | None] = {
+        1.0: {"7/task/7/patch_state": "1\n"},
+        1.2: {"transition": "0\n"},
+    }
+    one = follower(Kernel(place, script), Phase.PATCHING, 0.3, woken)
+    one.patience = replace(one.patience, before_waking=0.3)
+    assert (one.run().end, woken) == (End.COMPLETE, [7])
+    write(place.livepatch / "fix/transition", "1\n")
+    write(place.proc / "7/task/7/patch_state", "0\n")
+    one = follower(Kernel(place, {}), Phase.PATCHING, 0.3, woken)
+    one.patience = replace(one.patience, before_waking=0.3)
+    found = one.run()
+    assert found.end is End.STALLED
+    assert 1.7 < found.seconds < 2.2
+
+
+def test_of_a_long_wait_not_every_look_is_kept(place: Place) -> None:
+    write(place.proc / "7/task/7/stat", "7 (reader) D 1 1 1 0 -1 0 0 0")
+    script: dict[float, dict[str, str] | None] = {900.0: {"7/task/7/patch_state": "1\n", "transition": "0\n"}}
+    found = follower(Kernel(place, script), Phase.PATCHING, math.inf, []).run()
+    assert found.end is End.COMPLETE
+    assert 200 < len(found.samples) < 1000
+    assert [row.left for row in found.samples] == [1] * len(found.samples)
+    gaps = [later.seconds - row.seconds for row, later in pairwise(found.samples)]
+    assert max(gaps[:100]) < 0.4
+    assert max(gaps) < 10
 
 
 def test_when_all_tasks_have_switched_the_kernel_gets_more_time(place: Place) -> None:

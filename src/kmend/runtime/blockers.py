@@ -63,6 +63,11 @@ class Explainer:
         """For a patch in transition; ``patches`` are all, from the bottom of the stack to the top."""
         return cls(place, patch, seeker(patch, patches), patch.phase is Phase.UNPATCHING)
 
+    @property
+    def knows_aliases(self) -> bool:
+        """Whether all symbols have been read for the other names of the functions."""
+        return self._with_aliases is not None
+
     def explain(self, task: Task) -> Blocker:
         """Why this task has not switched, and what helps."""
         row = self._hit(task)

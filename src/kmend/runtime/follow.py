@@ -7,7 +7,7 @@ what is left. Doing the same by hand right away brings a transition to its end a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kmend.core import live
@@ -26,6 +26,7 @@ from kmend.runtime import blockers, tasks
 from kmend.runtime.blockers import Explainer
 from kmend.runtime.patches import read_patch, read_patches
 from kmend.runtime.place import Place
+from kmend.runtime.tasks import Sweep
 from kmend.runtime.wake import Woken, interrupt
 
 #: Seconds between two looks at the patch's own files: two small reads.
@@ -36,6 +37,12 @@ _SWEEP = 0.2
 _AGAIN = 1.5
 #: Seconds that a task must be left without a patched function seen on its stack before it is woken too.
 _UNEXPLAINED = 3.0
+#: Seconds between two retries of the kernel's: what is there after one does not go by itself at once.
+_RETRY = 1.0
+#: What a task may be in for a moment without being held up.
+_PASSING = (Cause.RUNNING, Cause.KTHREAD_RUNNING, Cause.ENDED, Cause.UNRELIABLE, Cause.UNKNOWN)
+#: Looks that have found nothing new are kept about so many times in each doubling of the time.
+_KEPT = 100.0
 #: So many tasks are read, and then woken, at a time; the first of them are what is told.
 _CHUNK = 500
 
@@ -83,28 +90,42 @@ class Follower:
     _first: Transition | None = None
     _last: Transition | None = None
     _said: str = ""
+    _waits_for: set[Cause] = field(default_factory=set)
 
     def run(self) -> Followed:
         """Follow it to its end, or to the limit. Nothing is undone when the limit is reached."""
         self._began = self.clock()
         # the sooner what sleeps is woken, the sooner the kernel's next retry finds nothing in its way
-        next_sweep = self._began + min(_SWEEP, self.patience.before_waking)
-        late = False
+        next_count = next_look = self._began + min(_SWEEP, self.patience.before_waking)
+        deadline, late, extended = self._began + self.patience.limit, False, False
         self.progress.step(f"{self.goal.value} {self.name}: waiting for tasks to switch")
         while True:
             end = self._end()
             now = self.clock()
             if end is not None:
                 return self._followed(end, now)
-            over = now - self._began >= self.patience.limit
-            if now >= next_sweep or (over and not late):
+            over = now >= deadline
+            if now >= next_count or (over and not late):
                 late = over
-                self._look()  # at the limit: what holds it up now is what the user is told
+                seen = self._count()
+                counted = self.clock()
+                next_count = counted + max(_SWEEP, 4 * (counted - now))
+                if seen is not None and seen.pending and (over or now >= next_look):
+                    knew = self._knows_aliases()
+                    woken = self._look(
+                        seen, over
+                    )  # at the limit: what holds it up now is what the user is told
+                    # reading all symbols comes once
+                    took = self.clock() - counted if knew is self._knows_aliases() else 0.0
+                    next_look = self.clock() + max(_SWEEP, 4 * took)
+                    if over and woken and not extended:  # the kernel finds that out at its next retry
+                        deadline, extended, late, over = self.clock() + _AGAIN, True, False, False
                 if over and (self._last is not None or self._seconds() >= self._longest()):
                     return self._followed(End.STALLED, self.clock())
-                took = self.clock() - now
-                next_sweep = self.clock() + max(_SWEEP, 4 * took)
             self.sleep(_TICK)
+
+    def _knows_aliases(self) -> bool:
+        return self._explainer is not None and self._explainer.knows_aliases
 
     def _longest(self) -> float:
         """The limit when no task is left; without a look at the tasks (old kernels) there is only one."""
@@ -141,31 +162,37 @@ class Follower:
             case Phase.DISABLED | Phase.COMING | Phase.LEFT:
                 return End.COMPLETE if self.goal is Phase.UNPATCHING else End.GONE
 
-    def _look(self) -> None:
-        """Sweep all tasks, say what is left, wake what may be woken."""
+    def _count(self) -> Sweep | None:
+        """Count the tasks that are left; None: this kernel does not show which, or the patch has gone."""
         if self._explainer is None:
             patches = read_patches(self.place)
             patch = next((row for row in patches if row.name == self.name), None)
             if patch is None or not tasks.supported(self.place):
-                return
+                return None
             self._explainer = Explainer.of(self.place, patch, patches)
-        target = blockers.UNPATCHED if self.goal is Phase.UNPATCHING else blockers.PATCHED
-        seen = tasks.sweep(self.place, target)
-        self.samples.append(Sample(round(self._seconds(), 3), len(seen.pending), seen.tasks))
-        self.progress.amount(seen.tasks - len(seen.pending), seen.tasks)
+        seen = tasks.sweep(self.place, self._target())
+        at, left = round(self._seconds(), 3), len(seen.pending)
+        former = self.samples[-1] if self.samples else None
+        # of a day's waiting not every look is kept
+        if former is None or former.left != left or at - former.seconds >= at / _KEPT:
+            self.samples.append(Sample(at, left, seen.tasks))
+        self.progress.amount(seen.tasks - left, seen.tasks)
         if not seen.pending:
             self._last = None
-            return
+        return seen
+
+    def _target(self) -> int:
+        return blockers.UNPATCHED if self.goal is Phase.UNPATCHING else blockers.PATCHED
+
+    def _look(self, seen: Sweep, late: bool) -> bool:
+        """Find out what each task waits for, wake what may be woken; whether one was for the first time."""
+        assert self._explainer is not None
+        now, before = self.clock(), len(self.woken)
         here = {tid for _, tid in seen.pending}
-        for tid in self._first_seen.keys() - here:
-            del self._first_seen[tid]
-        now = self.clock()
-        for tid in here:
-            self._first_seen.setdefault(tid, now)
+        self._first_seen = {tid: self._first_seen.get(tid, now) for tid in here}
         # Reading takes longest: a task that is about to be woken is read in brief, unless waking it has
         # failed before; at the limit, when what holds the transition up is told, all are read in full.
-        late = self._seconds() >= self.patience.limit
-        waking = self.patience.wake and self.clock() >= self._began + self.patience.before_waking
+        waking = self.patience.wake and now >= self._began + self.patience.before_waking
         found: tuple[Blocker, ...] = ()
         for at in range(0, len(seen.pending) if waking else _CHUNK, _CHUNK):
             rows = blockers.explained(
@@ -178,9 +205,32 @@ class Follower:
                 self._wake([row for row in rows if self._may_wake(row, now)], now)
             found = found or rows
         self._last = Transition(
-            self.name, self.goal, target, seen.tasks, len(seen.pending), found, seen.unreadable
+            self.name, self.goal, self._target(), seen.tasks, len(seen.pending), found, seen.unreadable
         )
         self._first = self._first or self._last
+        self._tell_what_it_waits_for(found, now)
+        return len(self.woken) > before
+
+    def _tell_what_it_waits_for(self, rows: Sequence[Blocker], now: float) -> None:
+        """A step for each cause, once: what is left although everything that can be done about it is done."""
+        held: dict[Cause, list[Blocker]] = {}
+        for row in rows:
+            long = _UNEXPLAINED if row.cause in _PASSING else _RETRY
+            if not self._can_wake(row) and now - self._first_seen[row.task.tid] >= long:
+                held.setdefault(row.cause, []).append(row)
+        for cause in held.keys() - self._waits_for:
+            self._waits_for.add(cause)
+            first = held[cause][0]
+            who = f"{first.task.tid} ({first.task.name}) {first.why}: {first.remedy}"
+            self._step(f"waits for {live.tasks(len(held[cause]))}: {who}")
+
+    def _can_wake(self, row: Blocker) -> bool:
+        """Whether interrupting it is worth a try."""
+        if not self.patience.wake or row.task.tid in self.failed:
+            return False
+        return row.cause is Cause.IN_FUNCTION or (
+            row.cause is Cause.IO_URING and (row.wakeable or self.patience.io_uring)
+        )
 
     def _may_wake(self, row: Blocker, now: float) -> bool:
         tid = row.task.tid
@@ -190,7 +240,7 @@ class Follower:
             case Cause.IN_FUNCTION:
                 return True
             case Cause.IO_URING:
-                return row.wakeable or self.patience.io_uring
+                return self._can_wake(row)
             case Cause.UNRELIABLE | Cause.UNKNOWN:
                 return row.task.state == "S" and now - self._first_seen.get(tid, now) >= _UNEXPLAINED
             case _:
@@ -218,7 +268,11 @@ class Follower:
         self.failed.update(woken.failed)
         if text != self._said:
             self._said = text
-            self.steps.append(Step(round(self._seconds(), 3), text, tuple(row.task.tid for row in rows)))
-            if self.told is not None:
-                self.told(self.steps[-1])
-            self.progress.step(f"{self.goal.value} {self.name}: {text}")
+            self._step(text, [row.task.tid for row in rows])
+
+    def _step(self, text: str, tids: Sequence[int] = ()) -> None:
+        """``tids``: those that were interrupted."""
+        self.steps.append(Step(round(self._seconds(), 3), text, tuple(tids)))
+        if self.told is not None:
+            self.told(self.steps[-1])
+        self.progress.step(f"{self.goal.value} {self.name}: {text}")
