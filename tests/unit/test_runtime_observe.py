@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,7 @@ READ = "pipe_read+0x1/0x9"
         (task(READ, kthread=True), Cause.KTHREAD, "pipe_read", False),
         (task(READ, kthread=True, state="R"), Cause.KTHREAD_RUNNING, "pipe_read", False),
         (task("io_cqring_wait+0x1/0x2", READ), Cause.IO_URING, "pipe_read", False),
+        (replace(task(READ), io_worker=True), Cause.IO_URING, "pipe_read", False),
         (task("do_freezer_trap+0x1/0x2", READ), Cause.FROZEN, "pipe_read", False),
         (task("kernel_clone+0x1/0x2", READ, state="D"), Cause.VFORK, "pipe_read", False),
         (task("get_signal+0x1/0x2", READ), Cause.FROZEN, "pipe_read", False),

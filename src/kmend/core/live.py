@@ -142,6 +142,7 @@ class Task:
 
     ``stack`` is None when it could not be read. ``tracer`` is 0 when nobody traces it. ``pids`` are its
     numbers from our PID namespace inwards (one: it is in ours). ``children`` are its child processes.
+    ``io_worker``: the kernel made it to carry out what its process has asked of io_uring.
     """
 
     pid: int
@@ -157,6 +158,7 @@ class Task:
     pids: tuple[int, ...] = ()
     children: tuple[int, ...] = ()
     system_call: int | None = None
+    io_worker: bool = False
 
 
 class Cause(Enum):

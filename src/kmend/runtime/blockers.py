@@ -74,7 +74,8 @@ class Explainer:
         function, where = (row.name, row.object) if row else ("", "")
         cause = _cause(task, row is not None)
         # there alone the kernel's own restart does not come to help
-        unseen = cause is Cause.IO_URING and restart.waits_untimed(self.place, task.pid, task.tid)
+        ring = cause is Cause.IO_URING and not task.io_worker
+        unseen = ring and restart.waits_untimed(self.place, task.pid, task.tid)
         why, remedy = _words(task, cause, f"{function}()" if function else "", self.unpatching, unseen)
         wakeable = unseen or (cause is Cause.IN_FUNCTION and row is not None)
         return Blocker(task, cause, function, where, why, remedy, wakeable)
@@ -183,7 +184,7 @@ def _cause(task: Task, in_function: bool) -> Cause:
         return Cause.RUNNING
     if task.state == "D":
         return Cause.VFORK if names & set(_VFORK) else Cause.UNINTERRUPTIBLE
-    if names & set(_IO_URING):
+    if task.io_worker or names & set(_IO_URING):
         return Cause.IO_URING
     if in_function:
         return Cause.IN_FUNCTION
@@ -228,6 +229,13 @@ def _words(task: Task, cause: Cause, function: str, unpatching: bool, unseen: bo
             return (
                 f"sleeps uninterruptibly{inside}{waiting}",
                 "no signal reaches it; it goes on when what it waits for comes",
+            )
+        case Cause.IO_URING if task.io_worker:
+            # io_fixup_restart_res(), io_uring/rw.c: a request is not begun anew
+            return (
+                f"carries out what its process has asked of io_uring{inside}{waiting}",
+                "the kernel's own signal, which comes after 15 s, ends the request with EINTR, and so would an "
+                "interruption (allow that with --interrupt-io-uring)",
             )
         case Cause.IO_URING:
             return (

@@ -15,8 +15,9 @@ from kmend.core.errors import Unable
 from kmend.core.live import Frame, Task, printable
 from kmend.runtime.place import Place, optional, text
 
-#: ``PF_KTHREAD`` (include/linux/sched.h): the ninth field of ``/proc/PID/stat`` has the task's flags.
+#: include/linux/sched.h: the ninth field of ``/proc/PID/stat`` has the task's flags.
 PF_KTHREAD = 0x00200000
+PF_IO_WORKER = 0x00000010
 #: ``klp_patch_state`` of a task when no transition is under way (include/linux/livepatch.h).
 UNDEFINED = -1
 
@@ -105,12 +106,13 @@ def read_task(place: Place, pid: int, tid: int, *, brief: bool = False) -> Task 
     fields = rest.split()
     if len(fields) < 7:
         return None
-    number = fields[6]
-    if brief and fields[0] == "S" and number.isdigit() and not int(number) & PF_KTHREAD:
+    flags = _number(fields[6])
+    kthread, io_worker = bool(flags & PF_KTHREAD), bool(flags & PF_IO_WORKER)
+    if brief and fields[0] == "S" and not kthread:
         name = printable(head.partition("(")[2])
         process = name if pid == tid else printable(optional(f"{place.proc}/{pid}/comm") or "")
         stack = read_stack(place, pid, tid)
-        return Task(pid, tid, name, process, "S", False, UNDEFINED, stack)
+        return Task(pid, tid, name, process, "S", False, UNDEFINED, stack, io_worker=io_worker)
     status = _fields(optional(f"{folder}/status") or "")
     state = optional(f"{folder}/patch_state")
     children = optional(f"{folder}/children") or ""
@@ -121,7 +123,7 @@ def read_task(place: Place, pid: int, tid: int, *, brief: bool = False) -> Task 
         name=printable(head.partition("(")[2]),
         process=printable(optional(f"{place.proc}/{pid}/comm") or ""),
         state=fields[0],
-        kthread=bool(int(fields[6]) & PF_KTHREAD),
+        kthread=kthread,
         patch_state=int(state) if state is not None and state.lstrip("-").isdigit() else UNDEFINED,
         stack=read_stack(place, pid, tid),
         wchan=_wchan(optional(f"{folder}/wchan")),
@@ -129,6 +131,7 @@ def read_task(place: Place, pid: int, tid: int, *, brief: bool = False) -> Task 
         pids=tuple(int(word) for word in status.get("NSpid", "").split() if word.isdigit()),
         children=tuple(int(word) for word in children.split() if word.isdigit()),
         system_call=int(call) if call.isdigit() else None,
+        io_worker=io_worker,
     )
 
 
