@@ -9,6 +9,7 @@ knows what was under way.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -24,7 +26,8 @@ from typing import TYPE_CHECKING
 
 from kmend.core import kmsg
 from kmend.core.config import Config
-from kmend.core.errors import KmendError, Refusal, Unable
+from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable
+from kmend.core.files import read_regular
 from kmend.core.kmsg import KernelMessage
 from kmend.core.live import (
     ActionReport,
@@ -58,12 +61,20 @@ if TYPE_CHECKING:
     from kmend.module.layout import Layout
     from kmend.view import TargetView
 
+#: A module of this size is none.
+_MOST = 256 << 20
 #: Taking back after a stall gets at least so many seconds: it is the way out.
 WAY_BACK = 60.0
 #: After `force` the kernel ends the transition at its next retry, within about a second.
 FORCED_LIMIT = 10.0
 #: Whoever answered "wait on" is asked again after so many seconds at the earliest.
 ASK_AGAIN = 10.0
+
+
+#: What the kernel says before it calls the first callback (``__klp_enable_patch()``).
+_ENABLING = "livepatch: enabling patch '{}'"
+#: Seconds that the folders of replaced patches may stay when the transition is over.
+_REPLACED_LIMIT = 3.0
 
 
 class OnStall(Enum):
@@ -133,7 +144,7 @@ class _Run:
         return round(time.monotonic() - self.began, 3)
 
     def messages(self) -> tuple[KernelMessage, ...]:
-        """Everything that the kernel has said since the action began."""
+        """Everything that the kernel has said since the action began, as far as it could be read."""
         if self.log is not None:
             self.heard += [row.message for row in self.log.read()]
         return tuple(self.heard)
@@ -173,7 +184,7 @@ class Manager:
             Unable: this machine or user cannot do it. Refused: another kmend is at it.
         """
         act.require_power(self.place, "load")
-        with journal.acting(self.place, f"load {path}"):
+        with self._acting("load", path):
             fd = act.open_module(path)
             try:
                 return self._load(path, fd, following, parameters)
@@ -181,7 +192,7 @@ class Manager:
                 os.close(fd)
 
     def _load(self, path: str, fd: int, following: Following, parameters: str) -> ActionReport:
-        data = _contents(fd)
+        data = _contents(fd, path)
         seen = self._observe()
         self.progress.step(f"checking {path}")
         view, problem = self._view(seen)
@@ -206,13 +217,18 @@ class Manager:
 
         path = module.path
         began = time.monotonic()
-        leftover = next((row for row in seen.left if row.name == module.name), None)
         interrupted = [row for row in seen.resumable if row.patch == module.name]
         there = next((row for row in seen.patches if row.name == module.name), None)
         if there is not None and _same(there, module, interrupted):
             finished = self._continue(there, module, interrupted, following, seen)
             if finished is not None:
                 return finished
+            if there.phase is Phase.UNPATCHING and interrupted and following.wait:
+                ended = self._end_taking_back(module, following, seen)
+                if ended.result is not Result.DONE:
+                    return ended
+                seen = self._observe()
+        leftover = next((row for row in seen.left if row.name == module.name), None)
         examined = self._examined(data, module, layout, seen, *target)
         checks = [*examined.checks, *plan.objections(self.place, examined)]
         refused = tuple(row.refusal for row in checks if row.refusal is not None)
@@ -239,7 +255,12 @@ class Manager:
                 act.remove(self.place, module.name)
                 run.step(f"removed what a former {module.name} had left behind")
             self.progress.step(f"loading {module.name}")
-            act.insert(module.name, fd, parameters, run.messages)
+            try:
+                act.insert(module.name, fd, parameters, run.messages)
+            except Refused:
+                if any(row.text.startswith(_ENABLING.format(module.name)) for row in run.messages()):
+                    run.called.unknown()  # it came as far as the first of them
+                raise
             run.step("the kernel took the module")
             run.called.begins(Phase.PATCHING)
             return self._patched(run, following, before)
@@ -255,7 +276,7 @@ class Manager:
         """
         fd = act.open_module(path)
         try:
-            data = _contents(fd)
+            data = _contents(fd, path)
         finally:
             os.close(fd)
         seen = self._observe()
@@ -333,6 +354,21 @@ class Manager:
         text = "goes on with a load that was begun"
         return self._perform("load", module.name, text, detail, seen, work)
 
+    def _end_taking_back(self, module: ModuleFile, following: Following, seen: Seen) -> ActionReport:
+        """Bring to its end what a load that was killed had begun when its own transition had stalled."""
+        name = module.name
+
+        def work(run: _Run) -> ActionReport:
+            run.step("it is being taken back; that is followed from here")
+            report = self._follow(run, Phase.UNPATCHING, following)
+            if report is not None:
+                return report
+            self._remove_quietly(run, name)
+            return self._report(run, Result.DONE, f"{name} is taken back, as was begun before it is loaded")
+
+        detail: dict[str, object] = {"sha256": module.sha256, **_terms(following)}
+        return self._perform("load", name, "ends the taking back that was begun", detail, seen, work)
+
     def _patched(self, run: _Run, following: Following, before: set[str]) -> ActionReport:
         """Follow the patching, deal with a stall, remove what it replaced of the patches ``before``."""
         if not following.wait:
@@ -340,7 +376,7 @@ class Manager:
         report = self._follow(run, Phase.PATCHING, following)
         if report is not None:
             return report
-        seen = self._observe()
+        seen = self._after_replacing(before - {run.patch})
         run.replaced = tuple(sorted(before - {row.name for row in seen.patches} - {run.patch}))
         for row in seen.left:
             if row.phase is Phase.LEFT and row.name in run.replaced and not row.pinned_by:
@@ -348,6 +384,20 @@ class Manager:
         took = run.followed[-1].seconds if run.followed else 0.0
         why = f"{run.patch} is in force; the transition took {took:.1f} s"
         return self._report(run, Result.DONE, why, self._way_back(run, seen.kernel.boot_id))
+
+    def _after_replacing(self, before: set[str]) -> Seen:
+        """A look when patches that were replaced have gone.
+
+        They are disabled when the transition is over, and removed a moment later by a work queue
+        (``klp_free_replaced_patches_async()``, kernel/livepatch/core.c).
+        """
+        deadline = time.monotonic() + _REPLACED_LIMIT
+        while time.monotonic() < deadline and any(
+            (row := read_patch(self.place, name, objects=False)) is not None and row.phase is Phase.DISABLED
+            for name in before
+        ):
+            time.sleep(0.02)
+        return self._observe()
 
     def _way_back(self, run: _Run, boot: str) -> str:
         """How to return to the patches that this one replaced, where their files are still what they were."""
@@ -382,9 +432,10 @@ class Manager:
         return self._take_back("unload", name, following)
 
     def loaded(self) -> tuple[str, ...]:
-        """All patches and what is left of former ones, the top of the stack first."""
+        """All patches and what is left of former ones, the top of the stack first; at the end what stays."""
         seen = self._observe(holding=False)
-        return tuple(row.name for row in (*reversed(seen.patches), *seen.left))
+        left = sorted(seen.left, key=lambda row: bool(row.pinned_by))
+        return tuple(row.name for row in (*reversed(seen.patches), *left))
 
     def close_killed(self, verb: str) -> None:
         """Write down the end of what killed runs began, where nothing is left to be done about it.
@@ -402,7 +453,7 @@ class Manager:
             UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
         """
         act.require_power(self.place, verb)
-        with journal.acting(self.place, f"{verb} {name}"):
+        with self._acting(verb, name):
             seen = self._observe()
             if seen.named(name) is None and any(
                 row.patch == name and row.result != journal.PENDING for row in seen.resumable
@@ -465,7 +516,7 @@ class Manager:
             UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
         """
         act.require_power(self.place, "enable")
-        with journal.acting(self.place, f"enable {name}"):
+        with self._acting("enable", name):
             seen = self._observe()
             patch = refusals.known(seen, name)
             match patch.phase:
@@ -474,6 +525,7 @@ class Manager:
                 case Phase.LEFT:
                     return self._refused("enable", name, seen, self._not_enabled_again(name, seen))
                 case Phase.ENABLED:
+                    journal.close_killed(self._journal(seen.kernel.boot_id), self.place, f"enable {name}")
                     return ActionReport("enable", name, Result.DONE, f"{name} is enabled already")
                 case Phase.PATCHING | Phase.UNPATCHING | Phase.DISABLED:
                     pass
@@ -508,7 +560,7 @@ class Manager:
             UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
         """
         act.require_power(self.place, "force")
-        with journal.acting(self.place, f"force {name}"):
+        with self._acting("force", name):
             seen = self._observe()
             patch = refusals.known(seen, name)
             if not patch.phase.moving:
@@ -540,7 +592,7 @@ class Manager:
             UsageError: there is no such patch. Unable: not root. Refused: another kmend is at it.
         """
         act.require_power(self.place, "signal")
-        with journal.acting(self.place, f"signal {name or ''}"):
+        with self._acting("signal", name or ""):
             seen = self._observe(limit=sys.maxsize)
             moving = next((row for row in seen.patches if row.phase.moving), None)
             if name is not None:
@@ -631,8 +683,7 @@ class Manager:
         """
         back = _other_way(goal)
         run.step("somebody turned it round; it is followed to its end")
-        found = self._follower(run, back, following.patience).run()
-        run.followed.append(found)
+        found = run.follow(self._follower(run, back, following.patience))
         refusal = refusals.turned(run.patch, goal)
         match found.end:
             case End.REVERSED:
@@ -695,6 +746,24 @@ class Manager:
 
     # -- what all actions share ----------------------------------------------------------------------
 
+    @contextmanager
+    def _acting(self, verb: str, name: str) -> Iterator[None]:
+        """Hold the lock. What is refused by an error before an action has begun is in the journal as well."""
+        try:
+            with journal.acting(self.place, f"{verb} {name}"):
+                yield
+        except Unable:
+            raise  # this machine or user cannot do it: so it cannot write that down either
+        except KmendError as error:
+            patch = Path(name).name.removesuffix(".ko")
+            with suppress(KmendError):
+                book = self._journal(read_kernel(self.place).boot_id)
+                book.refused(verb, patch, self._who(), error.what, error.reasons)
+            raise
+
+    def _who(self) -> journal.Who:
+        return journal.who(self.place, " ".join(sys.argv[:8]))
+
     def _observe(self, limit: int = 0, *, holding: bool = True) -> Seen:
         """A look; by default as who holds the lock: what has no end in the journal is a killed run's."""
         return observe(self.place, self.config.state, limit=limit or blockers.SHOWN, holding=holding)
@@ -715,7 +784,7 @@ class Manager:
         boot = seen.kernel.boot_id
         book = self._journal(boot)
         journal.close_killed(book, self.place, f"{verb} {name}")
-        action = book.begin(verb, name, journal.who(self.place, " ".join(sys.argv[:8])), text, detail)
+        action = book.begin(verb, name, self._who(), text, detail)
         try:
             log: klog.KernelLog | None = klog.KernelLog(self.place, new_only=True)
         except Unable:
@@ -728,6 +797,9 @@ class Manager:
         run.note = there.module.note if there is not None and there.module is not None else {}
         try:
             return work(run)
+        except Unable as error:  # this machine cannot do it: another exit status
+            action.end(Result.FAILED.value, error.what, **journal.reasons(error.reasons))
+            raise
         except KmendError as error:
             return self._report(run, Result.REFUSED, error.what, refused=error.reasons)
         except BaseException as error:  # Ctrl-C, SIGTERM: the kernel goes on with what was begun
@@ -742,8 +814,9 @@ class Manager:
     def _refused(self, verb: str, name: str, seen: Seen, *refused: Refusal, what: str = "") -> ActionReport:
         """The report of an action that was not even begun; the journal has one line of it."""
         what = what or refused[0].what
-        by = journal.who(self.place, " ".join(sys.argv[:8]))
-        self._journal(seen.kernel.boot_id).refused(verb, name, by, what, refused)
+        book = self._journal(seen.kernel.boot_id)
+        journal.close_killed(book, self.place, f"{verb} {name}")
+        book.refused(verb, name, self._who(), what, refused)
         return ActionReport(verb, name, Result.REFUSED, what, refused=refused)
 
     def _report(
@@ -765,7 +838,7 @@ class Manager:
             refused=refused,
             callbacks=run.called.told(),
             removed=tuple(run.removed),
-            warnings=tuple(_warnings(messages, run.action.journal)),
+            warnings=tuple(_warnings(messages, run.log is not None and run.log.lost, run.action.journal)),
             messages=tuple(row for row in messages if row.livepatch),
             seconds=run.seconds(),
             note=run.note,
@@ -781,11 +854,13 @@ class Manager:
 
         try:
             target = open_target(self.config, Release(seen.kernel.release))
+            if target.build_id != seen.kernel.build_id:
+                return None, f"{target.release} in the cache is another build than the one that runs"
+            view = TargetView(self.config, target)
+            view.layout  # noqa: B018 - a cache that cannot tell it is of no use here
         except KmendError as error:
-            return None, error.what
-        if target.build_id != seen.kernel.build_id:
-            return None, f"the target {target.release} in the cache is another build than the one that runs"
-        return TargetView(self.config, target), ""
+            return None, f"{error.what}: {error.why}" if error.why else error.what
+        return view, ""
 
     def _layout(self, view: TargetView | None) -> Layout | None:
         """How the kernel lays its livepatch structures out: by the target, else by its own BTF."""
@@ -820,7 +895,10 @@ class Manager:
         """`kmend check` against the target in the cache."""
         if view is None:
             return [Check("rules of kmend check", None, problem)]
-        checked = view.check(data, path)
+        try:
+            checked = view.check(data, path)
+        except (Failed, Unable) as error:  # the cache is damaged, or lacks what nothing here can make
+            return [Check("rules of kmend check", None, f"{error.what}: {error.why}")]
         rows = [Check("rules of kmend check", False, row.what, row) for row in checked.refusals]
         number = sum(checked.checked.values())
         return rows or [Check("rules of kmend check", True, f"{number} things looked at, no objection")]
@@ -829,10 +907,24 @@ class Manager:
 # -- a module's file ---------------------------------------------------------------------------------
 
 
-def _contents(fd: int) -> bytes:
+def _contents(fd: int, path: str) -> bytes:
+    """
+    Raises:
+        Failed: (rule ``unreadable``) the file cannot be read.
+    """
     data = b""
-    while chunk := os.pread(fd, 1 << 22, len(data)):
-        data += chunk
+    try:
+        while len(data) <= _MOST and (chunk := os.pread(fd, 1 << 22, len(data))):
+            data += chunk
+        if len(data) > _MOST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    except OSError as error:
+        raise Failed(
+            f"{path} cannot be read",
+            why=error.strerror or str(error),
+            next_step="name a livepatch module (.ko)",
+            rule="unreadable",
+        ) from error
     return data
 
 
@@ -926,7 +1018,7 @@ def _same(there: LivePatch, module: ModuleFile, interrupted: Sequence[journal.Re
 def _is_still(row: journal.Record) -> bool:
     """Whether the file that a load named has the contents that it had."""
     try:
-        data = Path(str(row.detail.get("file", ""))).read_bytes()
+        data = read_regular(str(row.detail.get("file", "")), _MOST)
     except OSError:
         return False
     return hashlib.sha256(data).hexdigest() == row.detail.get("sha256")
@@ -955,7 +1047,14 @@ def _other_way(goal: Phase) -> Phase:
     return Phase.UNPATCHING if goal is Phase.PATCHING else Phase.PATCHING
 
 
-def _warnings(messages: Sequence[KernelMessage], book: Journal) -> Iterator[Refusal]:
+def _warnings(messages: Sequence[KernelMessage], lost: bool, book: Journal) -> Iterator[Refusal]:
+    if lost:
+        yield Refusal(
+            "log-overwritten",
+            "a part of what the kernel said meanwhile is not known",
+            "its log was overwritten before kmend had read it: something else fills it",
+            "a larger log (log_buf_len= on the kernel's command line) keeps more",
+        )
     for report in kmsg.reports(messages):
         yield Refusal(
             "kernel-complained",

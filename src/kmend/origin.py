@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmend.core.errors import Failed, KmendError
+from kmend.core.files import read_regular
 from kmend.core.live import ActionReport, LivePatch
 from kmend.runtime import journal, persistence
 from kmend.runtime.journal import Record
@@ -126,8 +127,6 @@ def _read(path: Path) -> BuildReport | None:
     from kmend.report.build import from_document
 
     try:
-        if path.stat().st_size > _MOST:
-            return None
-        return from_document(json.loads(path.read_bytes()))
+        return from_document(json.loads(read_regular(path, _MOST)))
     except (OSError, ValueError, Failed):
         return None

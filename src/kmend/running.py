@@ -263,7 +263,9 @@ class RunningCode:
         modules: dict[str, _ModuleCode | str] = {}
         for row in wanted:
             if row.object != VMLINUX:
-                code = modules.setdefault(row.object, self._of_module(row.object))
+                if row.object not in modules:
+                    modules[row.object] = self._of_module(row.object)
+                code = modules[row.object]
                 if isinstance(code, str):
                     found.skipped[f"{row.object}:{row.name}"] = code
                     continue

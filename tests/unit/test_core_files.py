@@ -14,7 +14,7 @@ import pytest
 
 from kmend.core import files
 from kmend.core.errors import Failed
-from kmend.core.files import remove, scratch_folder, sweep, write_atomically
+from kmend.core.files import read_regular, remove, scratch_folder, sweep, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -150,3 +150,20 @@ def test_a_removal_that_was_killed_is_finished(tmp_path: Path) -> None:
     sweep(tmp_path, "build")
     assert names(tmp_path) == []
     assert remove(tmp_path / "never")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular(tmp_path / "file", 5) == read_regular(tmp_path / "link", 5) == b"12345"
+    for name, number in (("fifo", errno.EINVAL), (".", errno.EISDIR), ("none", errno.ENOENT)):
+        with pytest.raises(OSError) as caught:
+            read_regular(tmp_path / name, 5)
+        assert caught.value.errno == number
+    with pytest.raises(OSError) as caught:
+        read_regular("/dev/zero", 5)
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(OSError) as caught:
+        read_regular(tmp_path / "file", 4)
+    assert caught.value.errno == errno.EFBIG

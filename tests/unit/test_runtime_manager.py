@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from kmend import manager as module
 from kmend.core import kmsg
 from kmend.core.config import Config
-from kmend.core.errors import UsageError
+from kmend.core.errors import Failed, Unable, UsageError
 from kmend.core.live import End, Followed, Phase, Result
 from kmend.core.progress import Silent
 from kmend.manager import Choice, Following, Manager, OnStall
@@ -489,3 +491,96 @@ def test_an_unknown_name(machine: Machine) -> None:
         machine.manager().unload("absent", Following())
     assert error.value.rule == "unknown-patch"
     assert not os.listdir(machine.place.livepatch)  # noqa: PTH208 - names alone
+
+
+@pytest.mark.parametrize("verb", ["enable", "force", "signal"])
+def test_what_changes_nothing_closes_what_a_killed_one_left_open(machine: Machine, verb: str) -> None:
+    """Else `kmend status` would ask for the same command again for ever."""
+    machine.patch()
+    by = module.journal.who(machine.place, "kmend")
+    Journal(machine.state, "b").begin(verb, "fix", replace(by, pid=1), "it is enabled", {})
+    manager = machine.manager()
+    match verb:
+        case "enable":
+            assert manager.enable("fix", Following()).result is Result.DONE
+        case "force":
+            assert manager.force("fix", confirmed=True).result is Result.REFUSED
+        case _:
+            assert manager.signal("fix").result is Result.REFUSED
+    assert module.observe(machine.place, machine.state).unfinished == ()
+
+
+def test_an_error_before_an_action_has_begun_is_in_the_journal_too(machine: Machine, tmp_path: Path) -> None:
+    manager = machine.manager()
+    with pytest.raises(UsageError):
+        manager.unload("nothing", Following())
+    with pytest.raises(Failed):
+        manager.load(str(tmp_path / "absent.ko"), Following())
+    with pytest.raises(UsageError) as error:
+        manager.load(str(tmp_path), Following())
+    assert error.value.rule == "not-a-file"
+    os.mkfifo(tmp_path / "fifo.ko")
+    with pytest.raises(UsageError):  # and is not waited for
+        manager.load(str(tmp_path / "fifo.ko"), Following())
+    rows = Journal(machine.state, "b").records()
+    assert [(row.verb, row.patch, row.result, row.detail["rules"]) for row in rows] == [
+        ("unload", "nothing", "refused", ["unknown-patch"]),
+        ("load", "absent", "refused", ["unreadable"]),
+        ("load", tmp_path.name, "refused", ["not-a-file"]),
+        ("load", "fifo", "refused", ["not-a-file"]),
+    ]
+    assert journal.unfinished(rows, "b") == ()
+
+
+def test_what_this_machine_cannot_do_is_no_refusal_of_the_kernels(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.patch(0, 1)
+
+    class Ends(list[End]):
+        def pop(self, _at: object = 0) -> End:
+            raise Unable("no such system call", rule="machine")
+
+    machine.ends = Ends()
+    with pytest.raises(Unable):
+        machine.manager().unload("fix", Following())
+    *_, last = Journal(machine.state, "b").records()
+    assert (last.event, last.result, last.detail["rules"]) == ("end", "failed", ["machine"])
+
+
+def test_what_somebody_turns_round_begins_where_it_did(machine: Machine) -> None:
+    machine.patch(0, 1)
+
+    class Slow(list[End]):
+        def pop(self, at: object = 0) -> End:
+            time.sleep(0.05)
+            return super().pop(0)
+
+    machine.ends = Slow([End.REVERSED, End.COMPLETE])
+    report = machine.manager().unload("fix", Following())
+    assert [row.began >= at for row, at in zip(report.followed, (0.0, 0.05), strict=True)] == [True, True]
+
+
+def test_replaced_patches_are_waited_for(machine: Machine) -> None:
+    """The kernel disables them, and removes their folders from a work queue."""
+    machine.patch(1, 1)
+    other_patch(machine)
+    write(machine.place.livepatch / "old/enabled", "0\n")
+    threading.Timer(0.2, left_behind, [machine, "old", 0]).start()
+    seen = machine.manager()._after_replacing({"old"})
+    assert [row.name for row in seen.patches] == ["fix"]
+    assert [row.name for row in seen.left] == ["old"]
+
+
+def test_pinned_modules_are_the_last_to_be_unloaded(machine: Machine) -> None:
+    machine.patch()
+    write(machine.place.proc / "modules", "fix 1 1 - Live 0x0\nlate 1 1 - Live 0x0\nold 1 1 - Live 0x0\n")
+    for name, references in (("late", 1), ("old", 0)):
+        write(machine.place.module(name) / "initstate", "live\n")
+        write(machine.place.module(name) / "taint", "OEK\n")
+        write(machine.place.module(name) / "refcnt", f"{references}\n")
+    by = module.journal.who(machine.place, "kmend")
+    action = Journal(machine.state, "b").begin("force", "fix", by, "", {})
+    action.step("forced", forced="patching", pins=["late"])
+    action.end("done", "")
+    assert machine.manager().loaded() == ("fix", "old", "late")

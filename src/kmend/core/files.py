@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,37 @@ from kmend.core.errors import Failed
 
 #: Ending of the file that says whether a scratch folder's run is alive.
 LOCK = ".lock"
+
+
+def open_regular(path: Path | str) -> int:
+    """A descriptor of a regular file, for reading.
+
+    What else may have the name is neither waited for (a FIFO, which anybody can put into a folder of theirs)
+    nor read (a device has no end).
+
+    Raises:
+        OSError: there is none, it may not be read, or (EINVAL, EISDIR) it is something else.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(number, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file", str(path))
+
+
+def read_regular(path: Path | str, most: int) -> bytes:
+    """The contents of a regular file of at most so many bytes.
+
+    Raises:
+        OSError: as :func:`open_regular`; (EFBIG) it is larger.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -55,6 +87,8 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 def _nameless(folder: Path) -> int | None:
     """A new file in the folder that has no name yet; None: the file system has no such files (open(2))."""
+    if not Path("/proc/self/fd").is_dir():
+        return None  # as in a chroot: it could not be given a name
     try:
         return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     except OSError as error:

@@ -90,6 +90,8 @@ def to_text(report: ActionReport) -> str:
         lines.append(f"  replaced: {', '.join(report.replaced)}")
     if report.callbacks:
         lines.append(f"  callbacks called: {', '.join(report.callbacks)}")
+    elif report.callbacks is None and report.messages:
+        lines.append("  which callbacks the kernel called is not known")
     for row in report.warnings:
         lines += _lines_of("warning", row)
     if report.messages and not succeeded(report):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from collections.abc import Callable
 
-from kmend.core.errors import Failed, Refusal, Refused, Unable
+from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
+from kmend.core.files import open_regular
 from kmend.core.kmsg import KernelMessage
 from kmend.runtime import answers, syscalls
 from kmend.runtime.patches import read_module
@@ -15,6 +17,8 @@ from kmend.runtime.place import Place, optional
 
 #: Bits of ``CapEff`` (include/uapi/linux/capability.h).
 _CAPABILITIES = ((16, "CAP_SYS_MODULE"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN"))
+#: ``PROC_PID_INIT_INO`` and ``PROC_USER_INIT_INO`` (include/linux/proc_ns.h).
+_FIRST_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 #: A patch's last reference to its module is dropped from a work queue, a moment after its folder is gone.
 _REFERENCE_LIMIT = 10.0
 #: So many seconds a patch's folder may outlive the patch.
@@ -40,14 +44,26 @@ def require_power(place: Place, verb: str) -> None:
             next_step=f"sudo kmend {verb} …",
             rule="not-root",
         )
-    mapping = (optional(place.proc / "self/uid_map") or "").split()
-    if len(fields.get("NSpid", "").split()) > 1 or mapping not in ([], ["0", "0", "4294967295"]):
+    if len(fields.get("NSpid", "").split()) > 1 or not _in_first_namespaces(place):
         raise Unable(
             f"kmend {verb} does not work inside a container",
             why="not all tasks of the kernel can be seen from here",
             next_step="run it on the host",
             rule="container",
         )
+
+
+def _in_first_namespaces(place: Place) -> bool:
+    """Whether this is the kernel's first PID and user namespace, or it does not tell.
+
+    A ``/proc`` that was mounted in a PID namespace shows that one alone (``task_state()``, fs/proc/array.c),
+    but the number of the first one is always the same.
+    """
+    for kind, number in _FIRST_NAMESPACES.items():
+        with contextlib.suppress(OSError):
+            if str((place.proc / "self/ns" / kind).readlink()) != f"{kind}:[{number}]":
+                return False
+    return True
 
 
 def insert(name: str, fd: int, parameters: str, messages: Messages) -> None:
@@ -163,11 +179,18 @@ def open_module(path: str) -> int:
     """A descriptor of the module's file, which is read, checked and loaded through it alone.
 
     Raises:
-        Failed: (rule ``unreadable``) it cannot be opened.
+        Failed: (rule ``unreadable``) it cannot be opened. UsageError: (rule ``not-a-file``) it is no file.
     """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(path)
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.EINVAL):
+            raise UsageError(
+                f"{path} is no file",
+                why=error.strerror or "",
+                next_step="name a livepatch module (.ko)",
+                rule="not-a-file",
+            ) from error
         raise Failed(
             f"{path} cannot be read",
             why=error.strerror or str(error),

@@ -234,8 +234,8 @@ def _words(task: Task, cause: Cause, function: str, unpatching: bool, unseen: bo
             # io_fixup_restart_res(), io_uring/rw.c: a request is not begun anew
             return (
                 f"carries out what its process has asked of io_uring{inside}{waiting}",
-                "the kernel's own signal, which comes after 15 s, ends the request with EINTR, and so would an "
-                "interruption (allow that with --interrupt-io-uring)",
+                "the kernel's own signal, which comes after 15 s, ends the request with EINTR, and so would "
+                "an interruption (allow that with --interrupt-io-uring)",
             )
         case Cause.IO_URING:
             return (

@@ -36,6 +36,11 @@ class Called:
         """The transition is complete."""
         self._call("post_patch" if goal is Phase.PATCHING else "post_unpatch")
 
+    def unknown(self) -> None:
+        """Some were called, and which is not known: the kernel has refused the patch half way."""
+        if self.known:
+            self.known = None
+
     def told(self) -> tuple[str, ...] | None:
         """``KIND of OBJECT: FUNCTION()`` for each call, in their order; None: not known."""
         return None if self.known is None else tuple(self.rows)
