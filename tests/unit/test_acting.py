@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from kmend.cli import acting
 from kmend.cli.context import Context, Quiet
 from kmend.core.config import Config
-from kmend.core.errors import Unable
+from kmend.core.errors import Unable, UsageError
 from kmend.core.live import ActionReport, End, Followed, Result
 from kmend.report import html
 
@@ -72,6 +74,44 @@ def test_whatever_goes_wrong_with_the_report_the_outcome_is_told(
     recorder = acting.Recorder("load", str(file), context(tmp_path))
     assert recorder.write([]) == []
     assert "was not written" in capsys.readouterr().err
+
+
+class Terminated(BaseException):
+    number = 15
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UsageError("the kernel has no livepatch b", rule="unknown-patch"), 2, "no livepatch b"),
+        (Unable("no longer root", rule="not-root"), 3, "no longer root"),
+        (KeyboardInterrupt(), None, "load b was stopped by SIGINT"),
+        (Terminated(), None, "load b was stopped by SIGTERM"),
+        (ZeroDivisionError(), None, ""),
+    ],
+)
+def test_what_was_done_before_an_error_is_told(
+    error: BaseException, status: int | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(name: str) -> ActionReport:
+        if name == "b":
+            raise error
+        return report()
+
+    shown = replace(context(tmp_path), json=True)
+    if status is None:
+        with pytest.raises(type(error)):
+            acting.each("load", ["a", "b", "c"], work, shown)
+    else:
+        assert acting.each("load", ["a", "b", "c"], work, shown) == status
+    said = capsys.readouterr()
+    found = json.loads(said.out)["actions"]
+    assert found[0]["result"] == "done"
+    assert [row["patch"] for row in found[1:]] == (["b"] if words else [])
+    assert words in said.err
+    if status is not None:  # nothing done before it: the error is told by who catches it
+        with pytest.raises(type(error)):
+            acting.each("load", ["b"], work, context(tmp_path))
 
 
 def test_what_makes_the_report_is_there_before_anything_is_done(

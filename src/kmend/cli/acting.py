@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -198,13 +199,8 @@ class Recorder:
         """Write the report also when the action on ``name`` ends in an error or is interrupted."""
         try:
             yield
-        except KmendError as error:
-            ended = ActionReport(self.verb, name, Result.REFUSED, error.what, refused=error.reasons)
-            self._or_say([*done, ended])
-            raise
         except BaseException as error:
-            why = f"stopped by {type(error).__name__}; the kernel goes on with what was begun"
-            self._or_say([*done, ActionReport(self.verb, name, Result.FAILED, why, "kmend status")])
+            self._or_say([*done, ended(self.verb, name, error)])
             raise
 
     def write(self, reports: Sequence[ActionReport]) -> list[ActionReport]:
@@ -279,13 +275,33 @@ def each(
         try:
             with recorder.watching(name, reports):
                 reports.append(work(name))
-        except KeyboardInterrupt:
-            context.progress.close()
-            sys.stderr.write(
-                f"\nkmend: interrupted; the kernel goes on with what was begun for {name}: "
-                "`kmend status` shows it, the same command again goes on with it\n"
-            )
+        except KmendError as error:
+            if not reports:
+                raise  # all that there is to tell
+            tell(verb, [*reports, ended(verb, name, error)], context)
+            return error.exit_status
+        except Exception:  # told where it is caught
+            if reports:
+                tell(verb, reports, context)
+            raise
+        except BaseException as error:
+            tell(verb, [*reports, ended(verb, name, error)], context)
             raise
         if not succeeded(reports[-1]):
             break
     return tell(verb, recorder.write(reports), context)
+
+
+def ended(verb: str, name: str, error: BaseException) -> ActionReport:
+    """The report of an action that an error or a signal has ended, where it could not report itself."""
+    if isinstance(error, KmendError):
+        return ActionReport(verb, name, Result.REFUSED, error.what, refused=error.reasons)
+    number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "number", None)
+    by = type(error).__name__ if number is None else signal.Signals(number).name
+    return ActionReport(
+        verb,
+        name,
+        Result.FAILED,
+        f"{verb} {name} was stopped by {by}; the kernel goes on with what was begun",
+        "`kmend status` shows it, the same command again goes on with it",
+    )
