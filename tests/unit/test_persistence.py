@@ -164,6 +164,33 @@ def test_a_disk_that_cannot_be_written_is_our_error(tmp_path: Path) -> None:
     assert error.value.rule == "unwritable"
 
 
+def test_what_is_put_beside_is_not_in_the_store_before_its_index_is(empty: Store) -> None:
+    store = persistence.add(empty, [module("a")])
+    new = persistence.put(store, [module("b"), module("a", "rebuilt")])
+    assert names(new) == ["a", "b"]
+    assert opened(empty.folder.parent) == store
+    assert persistence.commit(new) == opened(empty.folder.parent) == new
+    assert files(new) == {"index.json"} | {f for row in new.patches for f in (row.file, row.report)}
+
+
+def test_what_could_not_be_put_leaves_nothing(empty: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = persistence.add(empty, [module("a")])
+    before = files(store)
+    real = persistence.write_atomically
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name.startswith("c."):
+            raise Failed("it cannot be written", why="No space left on device", rule="unwritable")
+        real(path, data)
+
+    monkeypatch.setattr(persistence, "write_atomically", full)
+    with pytest.raises(Failed) as error:
+        persistence.add(store, [module("b"), module("a", "rebuilt"), module("c")])
+    assert (error.value.rule, error.value.why) == ("unwritable", "No space left on device")
+    assert opened(empty.folder.parent) == store
+    assert files(store) == before
+
+
 # -- the guard and the switches --------------------------------------------------------------------
 
 

@@ -373,7 +373,7 @@ def require_safe(store: Store) -> None:
 
 
 def add(store: Store, rows: Sequence[tuple[Installed, bytes, bytes]]) -> Store:
-    """Put modules with their build reports (empty for none) into the store.
+    """Put modules with their build reports (empty for none) into the store: :func:`put`, then :func:`commit`.
 
     One of the same name is replaced in its place. All of them are in it afterwards, or none.
     The caller holds the lock of whoever acts.
@@ -382,18 +382,35 @@ def add(store: Store, rows: Sequence[tuple[Installed, bytes, bytes]]) -> Store:
         Failed: (rule ``unwritable``) the store is as it was.
         Refused: (rule ``unsafe-store``) so is it then: what is there would not be loaded at boot.
     """
+    return commit(put(store, rows))
+
+
+def put(store: Store, rows: Sequence[tuple[Installed, bytes, bytes]]) -> Store:
+    """Write the files of an :func:`add` beside those of the store. What comes back is not in force before
+    :func:`commit`: who changes several stores writes all files first, then the indexes, which are small.
+
+    Raises:
+        Failed, Refused: as :func:`add`; what has been written is removed.
+    """
     with _writing(store.folder):
         _make(store.folder)
         require_safe(store)
-        for row, module, report in rows:
-            write_atomically(store.folder / row.file, module)
-            if row.report:
-                write_atomically(store.folder / row.report, report)
-        _sync(store.folder)
-        changed = {row.name: row for row, _, _ in rows}
-        known = {row.name for row in store.patches}
-        kept = tuple(changed.get(row.name, row) for row in store.patches)
-        return _commit(store, (*kept, *(row for name, row in changed.items() if name not in known)))
+        try:
+            for row, module, report in rows:
+                write_atomically(store.folder / row.file, module)
+                if row.report:
+                    write_atomically(store.folder / row.report, report)
+            _sync(store.folder)
+        except (OSError, Failed):
+            with contextlib.suppress(OSError):
+                _sync(store.folder)  # a killed run may not have: what it has replaced goes only then
+                sweep(store)
+            raise
+    changed = {row.name: row for row, _, _ in rows}
+    known = {row.name for row in store.patches}
+    kept = tuple(changed.get(row.name, row) for row in store.patches)
+    added = tuple(row for name, row in changed.items() if name not in known)
+    return Store(store.release, store.folder, (*kept, *added))
 
 
 def drop(store: Store, names: Sequence[str]) -> Store:
@@ -402,21 +419,27 @@ def drop(store: Store, names: Sequence[str]) -> Store:
     Raises:
         Failed: (rule ``unwritable``) the store is as it was.
     """
+    left = tuple(row for row in store.patches if row.name not in names)
+    return commit(Store(store.release, store.folder, left))
+
+
+def commit(store: Store) -> Store:
+    """Make the index name these patches. Their files are on the disk already.
+
+    Raises:
+        Failed: (rule ``unwritable``) the store is as it was.
+    """
+    document = {"schema": SCHEMA, "release": store.release, "patches": [asdict(row) for row in store.patches]}
     with _writing(store.folder):
-        return _commit(store, tuple(row for row in store.patches if row.name not in names))
+        write_atomically(store.folder / INDEX, json.dumps(document, indent=1).encode() + b"\n")
+        _sync(store.folder)
+    sweep(store)
+    return store
 
 
-def _commit(store: Store, rows: tuple[Installed, ...]) -> Store:
-    document = {"schema": SCHEMA, "release": store.release, "patches": [asdict(row) for row in rows]}
-    write_atomically(store.folder / INDEX, json.dumps(document, indent=1).encode() + b"\n")
-    _sync(store.folder)
-    new = Store(store.release, store.folder, rows)
-    _sweep(new)
-    return new
-
-
-def _sweep(store: Store) -> None:
-    """Remove what the index does not name: former modules, and the leavings of unfinished changes.
+def sweep(store: Store) -> None:
+    """Remove what the store, as its index has it, does not name: former modules, and the leavings of
+    unfinished changes.
 
     Without patches there is nothing that a former boot's mark could keep from being loaded.
     """
