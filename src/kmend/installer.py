@@ -32,7 +32,7 @@ from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import observe
 from kmend.runtime.patches import read_module, read_patches
 from kmend.runtime.persistence import ALL, OFF_FILE, Guard, Installed, Persistence, Store
-from kmend.runtime.place import Place
+from kmend.runtime.place import Place, is_folder
 from kmend.runtime.preflight import ModuleFile
 
 if TYPE_CHECKING:
@@ -205,8 +205,7 @@ class Installer:
         checks: list[Check] = []
         warnings: list[Refusal] = []
         if running:
-            seen = observe(self.place, self.config.state)
-            checks += [row for row in preflight.look(self.place, module, seen) if row.name in LASTING]
+            checks += self._lasting(module)
         elif not (KERNELS / release).is_dir():
             warnings.append(
                 Refusal(
@@ -227,6 +226,21 @@ class Installer:
         return _Candidate(
             path, data, module, _report_beside(path, module.sha256), tuple(checks), tuple(warnings)
         )
+
+    def _lasting(self, module: ModuleFile) -> list[Check]:
+        """The checks of a load that hold for every boot. Without ``/sys``, as in a chroot, what the kernel
+        has and allows cannot be looked at; the boot will.
+
+        Raises:
+            Unable: (rule ``no-livepatch``) ``/sys`` is there, and the kernel has no livepatch support.
+        """
+        try:
+            seen = observe(self.place, self.config.state)
+        except Unable as error:
+            if error.rule != "no-livepatch" or is_folder(self.place.sys / "kernel"):
+                raise
+            return [Check(name, None, error.why) for name in LASTING]
+        return [row for row in preflight.look(self.place, module, seen) if row.name in LASTING]
 
     def _own_layout(self) -> Layout | None:
         """How the running kernel lays its livepatch structures out, by its own BTF."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from kmend import installer
 from kmend.cli import main
 from kmend.cli.install import boot_document, boot_text
 from kmend.core.config import Config
-from kmend.core.errors import Failed, Refusal, Refused, UsageError
-from kmend.core.live import ActionReport, Result
+from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
+from kmend.core.live import ActionReport, Check, Result
 from kmend.core.progress import Silent
 from kmend.installer import UNIT, Installer, _Candidate
 from kmend.manager import Following, Manager
@@ -617,3 +618,28 @@ def test_what_is_left_as_it_is_ends_the_loading(machine: Installer, monkeypatch:
     assert tried == ["a"]
     machine.load_all(Following(wait=False))
     assert tried == ["a", "a", "b"]
+
+
+# -- in a chroot -------------------------------------------------------------------------------------
+
+
+def test_without_sys_what_the_kernel_allows_is_not_checked(
+    machine: Installer, enabling: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.ko").write_bytes(b"a")
+    file = candidate("a").module
+    monkeypatch.setattr(installer, "read_module_file", lambda *_: file)
+    monkeypatch.setattr(machine, "_candidate", Installer._candidate.__get__(machine))
+    shutil.rmtree(machine.place.sys / "kernel/livepatch")
+    with pytest.raises(Unable) as error:  # such a kernel would refuse it at boot, too
+        machine.install([str(tmp_path / "a.ko")])
+    assert error.value.rule == "no-livepatch"
+    shutil.rmtree(machine.place.sys)
+    for _ in range(2):
+        (report,) = machine.install([str(tmp_path / "a.ko")])
+        assert report.result is Result.DONE
+        rows = [row for row in report.checks if row.name in installer.LASTING]
+        why = f"{machine.place.sys} is not mounted"
+        assert rows == [Check(name, None, why) for name in installer.LASTING]
+        machine.place.sys.mkdir(exist_ok=True)
+    assert [row.name for store in machine.stores() for row in store.patches] == ["a"]
