@@ -328,6 +328,24 @@ class Installer:
             for name in gone
         )
 
+    def kept(self, names: Sequence[str], failed: ActionReport) -> tuple[ActionReport, ...]:
+        """The reports of an uninstall that is not begun, because a patch could not be taken back before."""
+        kernel = read_kernel(self.place)
+        reports = []
+        for name in names:
+            why = f"{name} stays installed, as {failed.patch} could not be taken back"
+            self._refused("uninstall", name, kernel, why, failed.refused)
+            reports.append(
+                ActionReport(
+                    "uninstall",
+                    name,
+                    Result.REFUSED,
+                    why,
+                    f"the same command again; or kmend uninstall {name}, which leaves the kernel as it is",
+                )
+            )
+        return tuple(reports)
+
     # -- boot ----------------------------------------------------------------------------------------
 
     def load_all(

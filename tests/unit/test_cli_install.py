@@ -16,6 +16,7 @@ import pytest
 from test_persistence import RELEASE, module
 
 from kmend import installer
+from kmend.cli import install as cli_install
 from kmend.cli import main
 from kmend.cli.install import boot_document, boot_text
 from kmend.core.config import Config
@@ -618,6 +619,75 @@ def test_what_is_left_as_it_is_ends_the_loading(machine: Installer, monkeypatch:
     assert tried == ["a"]
     machine.load_all(Following(wait=False))
     assert tried == ["a", "a", "b"]
+
+
+# -- taken back first --------------------------------------------------------------------------------
+
+
+class Kernel:
+    """What takes patches back: all but ``stuck``."""
+
+    def __init__(self, *there: str, stuck: str = "", result: Result = Result.REVERSED) -> None:
+        self.there, self.stuck, self.result = list(there), stuck, result
+
+    def loaded(self) -> tuple[str, ...]:
+        return tuple(self.there)
+
+    def unload(self, name: str, _how: Following) -> ActionReport:
+        if name == self.stuck:
+            refusal = Refusal("stalled", f"{name} does not end", "a task sleeps", "kmend blockers")
+            return ActionReport("unload", name, self.result, f"{name} is in force", refused=(refusal,))
+        self.there.remove(name)
+        return ActionReport("unload", name, Result.DONE, f"{name} is taken back and unloaded")
+
+
+@pytest.fixture
+def uninstalling(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> Installer:
+    """`kmend uninstall` acts on that machine."""
+    monkeypatch.setattr(cli_install, "Installer", lambda *_: machine)
+    return machine
+
+
+@pytest.mark.parametrize("result", [Result.REVERSED, Result.REFUSED, Result.STALLED])
+@pytest.mark.parametrize("words", [("a", "b", "c"), ("--all",)])
+def test_what_could_not_be_taken_back_stays_installed(
+    uninstalling: Installer,
+    words: tuple[str, ...],
+    result: Result,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = stored(uninstalling, "a", "b", "c")
+    kernel = Kernel("other", "c", "b", "a", stuck="b", result=result)
+    monkeypatch.setattr(cli_install, "manager", lambda _context: kernel)
+    for there in (["other", "b", "a"], ["other", "b", "a"]):  # the same command goes on
+        status, found = answer(capsys, "uninstall", *words, "--unload")
+        assert (status, found["result"], kernel.there) == (1, result.value, there)
+        assert uninstalling.stores() == (before,)
+    rows = [(row["patch"], row["result"]) for row in found["actions"]]
+    assert rows == [("b", result.value), ("a", "refused"), ("b", "refused"), ("c", "refused")]
+    assert found["actions"][1]["why"] == "a stays installed, as b could not be taken back"
+    (_, last) = lines(uninstalling, "a")
+    assert (last.event, last.verb, last.result, last.detail["rules"]) == (
+        "end",
+        "uninstall",
+        "refused",
+        ["stalled"],
+    )
+    kernel.stuck = ""
+    status, found = answer(capsys, "uninstall", *words, "--unload")
+    assert (status, kernel.there, uninstalling.stores()) == (0, ["other"], ())
+
+
+def test_another_kmend_at_work_keeps_the_store(
+    uninstalling: Installer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stored(uninstalling, "a")
+    kernel = Kernel("a")
+    monkeypatch.setattr(cli_install, "manager", lambda _context: kernel)
+    with another(uninstalling.place, 1.5):
+        status, found = answer(capsys, "uninstall", "a", "--unload")
+    assert (status, found["refused"][0]["rule"], uninstalling.stores()) == (1, "busy", (before,))
 
 
 # -- in a chroot -------------------------------------------------------------------------------------

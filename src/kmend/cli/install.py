@@ -42,14 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
             )
             parser.add_argument("--all", action="store_true", help="all patches of that kernel")
             parser.add_argument(
-                "--unload", action="store_true", help="then also take them back, as `kmend unload` does"
+                "--unload",
+                action="store_true",
+                help="take them back first, as `kmend unload` does; if one cannot be, all stay installed",
             )
         case _:
             pass
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    """Exit status 0: it is as asked for, and on the disk; 1: refused, nothing has changed; 3: not root."""
+    """Exit status 0: it is as asked for, and on the disk; 1: refused or failed, the reports say of each patch
+    what has become of it; 2: one is not installed; 3: not root."""
     installer = Installer(context.config, context.progress)
     match args.verb:
         case "install":
@@ -80,7 +83,10 @@ def install(args: argparse.Namespace, installer: Installer, context: Context) ->
 
 
 def uninstall(args: argparse.Namespace, installer: Installer, context: Context) -> int:
-    """Take out of the store, and with ``--unload`` out of the kernel."""
+    """Take out of the store, and with ``--unload`` out of the kernel before. If one cannot be taken back, all
+    that are named stay installed: the same command goes on."""
+    from kmend.report.action import succeeded
+
     if args.all == bool(args.name):
         raise UsageError(
             "--all and names exclude each other" if args.all else "no patch is named",
@@ -101,7 +107,11 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
         # Taken back first: killed in between, the patch is still installed, and the same command goes on.
         machine = manager(context)
         gone = installer.chosen(names)
-        reports += [machine.unload(name, Following()) for name in machine.loaded() if name in gone]
+        for name in machine.loaded():
+            if name in gone:
+                reports.append(machine.unload(name, Following()))
+                if not succeeded(reports[-1]):
+                    return tell("uninstall", [*reports, *installer.kept(gone, reports[-1])], context)
     reports += installer.uninstall(names, args.kernel)
     return tell("uninstall", reports, context)
 
