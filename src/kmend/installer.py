@@ -15,8 +15,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from kmend.core.progress import Progress
 from kmend.core.run import run
 from kmend.manager import Following, Manager, read_module_file
 from kmend.runtime import act, journal, persistence, preflight
-from kmend.runtime.journal import Journal
+from kmend.runtime.journal import Action, Journal
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import observe
 from kmend.runtime.patches import read_module, read_patches
@@ -77,6 +77,38 @@ class _Here:
     settled: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Acting:
+    """One command at work, with the lock held. Each of its actions is in the journal before it is done."""
+
+    book: Journal
+    verb: str
+    by: journal.Who
+    actions: list[Action] = field(default_factory=list)
+
+    def begin(self, name: str, text: str, **detail: object) -> Action:
+        """Write down what is about to be done about one patch."""
+        self.actions.append(self.book.begin(self.verb, name, self.by, text, detail))
+        return self.actions[-1]
+
+    def end(self, result: str, text: str, **detail: object) -> None:
+        """All that has no end yet is over."""
+        for action in self.actions:
+            action.end(result, text, **detail)
+
+    def broken(self, error: BaseException, names: Sequence[str]) -> None:
+        """An error ends it: write down how, where nothing is begun yet for each of ``names``."""
+        match error:
+            case KmendError() if self.actions:
+                self.end(_result(error).value, error.what, **journal.reasons(error.reasons))
+            case KmendError():
+                for name in names:
+                    self.book.refused(self.verb, name, self.by, error.what, error.reasons)
+            case _:
+                why = f"stopped by {type(error).__name__}; the same command goes on with it"
+                self.end(journal.INTERRUPTED, why)
+
+
 class Installer:
     """Persistence on one machine. ``manager`` loads; ``off_file`` and ``unit_folders`` are for tests."""
 
@@ -121,15 +153,19 @@ class Installer:
     # -- install -------------------------------------------------------------------------------------
 
     def install(self, paths: Sequence[str]) -> tuple[ActionReport, ...]:
-        """Put modules into the stores of the releases that they were built for: all of them, or none.
+        """Put modules into the stores of the releases that they were built for.
+
+        All of them, or none; but when a release's index cannot be written after another's has been, what is
+        in that other store stays, and the reports say which is which.
 
         Raises:
             Unable: not root (rule ``not-root``).
-            UsageError, Failed: a file cannot be read or is no livepatch module; the store cannot be written.
+            UsageError, Failed: a file cannot be read or is no livepatch module; a store cannot be written.
             Refused: another kmend acts; a store is damaged or not safe.
         """
         require_root("install")
         kernel = read_kernel(self.place)
+        self._close_killed("install", kernel)
         candidates = [self._candidate(path, kernel) for path in paths]
         _distinct(candidates)
         if any(row.refusals for row in candidates):
@@ -138,26 +174,37 @@ class Installer:
                 self._refused("install", one.patch, kernel, one.why, one.refused)
             return found
         by = self._who()
-        reports = []
-        with (
-            self._told("install", [row.module.name for row in candidates], kernel),
-            journal.acting(self.place, "install"),
-        ):
+        with self._acting("install", [row.module.name for row in candidates], kernel) as acting:
             releases = dict.fromkeys(row.module.release for row in candidates)
             stores = [persistence.read(self.config.state, persistence.release_of(row)) for row in releases]
             for store in stores:
                 persistence.require_safe(store)  # as the boot will
             unit = self._enable_unit()
-            for store in stores:
-                release = store.release
-                mine = [row for row in candidates if row.module.release == release]
-                steps = {row.module.name: _step(store, row) for row in mine}
-                rows = [(_row(row, by.login or by.user), row.data, row.report) for row in mine]
-                new = persistence.add(store, rows)
-                names = [row.module.name for row in mine]
-                self._wrote("install", names, f"for {release}", kernel, steps)
+            changes = [
+                _Change(store, tuple(row for row in candidates if row.module.release == store.release))
+                for store in stores
+            ]
+            actions = {
+                row.path: acting.begin(row.module.name, change.words(row), release=change.store.release)
+                for change in changes
+                for row in change.candidates
+            }
+            reports: list[ActionReport] = []
+            for change, new in zip(changes, _put(changes, by.login or by.user), strict=True):
+                try:
+                    persistence.commit(new)
+                except KmendError as error:
+                    if not reports:
+                        raise  # no index has been replaced
+                    for row in change.candidates:
+                        reports.append(_unwritten(row, error))
+                        result, why = reports[-1].result.value, reports[-1].why
+                        actions[row.path].end(result, why, **journal.reasons(error.reasons))
+                    continue
                 warnings = [*unit, *self._guard_warnings(new, kernel)]
-                reports += [_installed(row, new, steps[row.module.name], warnings, kernel) for row in mine]
+                for row in change.candidates:
+                    actions[row.path].end("done", change.words(row))
+                    reports.append(_installed(row, new, change.step(row), warnings, kernel))
         return tuple(reports)
 
     def _candidate(self, path: str, kernel: KernelState) -> _Candidate:
@@ -295,13 +342,21 @@ class Installer:
         """The patches that :meth:`uninstall` would take out. Nothing is changed.
 
         Raises:
+            Unable: not root (rule ``not-root``).
             UsageError: one is not installed (rule ``not-installed``). Failed, Refused: the store is damaged.
         """
-        release = release or read_kernel(self.place).release
-        return _chosen(persistence.read(self.config.state, persistence.release_of(release)), names)
+        require_root("uninstall")
+        kernel = read_kernel(self.place)
+        self._close_killed("uninstall", kernel)
+        with self._told("uninstall", names or [ALL], kernel):
+            store = persistence.read(self.config.state, persistence.release_of(release or kernel.release))
+            return _chosen(store, names, self._taken_out(store, kernel))
 
     def uninstall(self, names: Sequence[str], release: str | None = None) -> tuple[ActionReport, ...]:
         """Take patches out of a release's store (no names: all of them). What is loaded stays loaded.
+
+        A name that an uninstall had taken out when it was killed or interrupted is no error: the same command
+        again says that it is done.
 
         Raises:
             Unable: not root (rule ``not-root``).
@@ -311,18 +366,23 @@ class Installer:
         require_root("uninstall")
         kernel = read_kernel(self.place)
         chosen = persistence.release_of(release or kernel.release)
-        with self._told("uninstall", names or [ALL], kernel), journal.acting(self.place, "uninstall"):
+        with self._acting("uninstall", names or [ALL], kernel) as acting:
             store = persistence.read(self.config.state, chosen)
-            gone = _chosen(store, names)
-            persistence.drop(store, gone)
-            self._wrote("uninstall", gone, f"for {chosen}", kernel, {})
+            gone = _chosen(store, names, self._taken_out(store, kernel))
+            for name in gone:
+                acting.begin(name, f"for {chosen}", release=chosen)
+            if gone or is_folder(store.folder):
+                # also for what is out of the index: the killed run may not have synced it, nor swept
+                persistence.drop(store, gone)
+            acting.end("done", f"for {chosen}")
         here = {row.name for row in read_patches(self.place)} if chosen == kernel.release else set()
         return tuple(
             ActionReport(
                 "uninstall",
                 name,
                 Result.DONE,
-                f"{name} is not loaded any more when {chosen} boots",
+                f"{name} is not loaded any more when {chosen} boots"
+                + ("" if store.named(name) else ": what was interrupted had taken it out"),
                 next_step=f"it is still loaded; kmend unload {name} takes it back" if name in here else "",
             )
             for name in gone
@@ -345,6 +405,17 @@ class Installer:
                 )
             )
         return tuple(reports)
+
+    def _taken_out(self, store: Store, kernel: KernelState) -> list[str]:
+        """What an uninstall had taken out of the store when it was killed or interrupted, and nobody has put
+        back since."""
+        try:
+            records = Journal(self.config.state, kernel.boot_id).records()
+        except KmendError:
+            return []
+        found = journal.resumable_in_store(records, kernel.boot_id, store.release)
+        names = dict.fromkeys(row.patch for row in found if row.verb == "uninstall")
+        return [name for name in names if store.named(name) is None]
 
     # -- boot ----------------------------------------------------------------------------------------
 
@@ -396,10 +467,7 @@ class Installer:
             if reports[-1].result is not Result.DONE and not begun:
                 break
         else:
-            if found.guard is Guard.TRIPPED:
-                # only now: loading itself may be what ended the former boot
-                persistence.disarm(self.config.state, found.release)
-                self._wrote("load", [ALL], "loaded again after a boot that never got healthy", kernel, {})
+            self._all_loaded(found, kernel)
         left = rows[done:]
         if left:
             why = f"was not loaded, as it comes after {rows[done - 1].name}"
@@ -413,6 +481,18 @@ class Installer:
                 + f"not loaded because they come after it: {names}",
             )
         return tuple(reports)
+
+    def _all_loaded(self, found: Persistence, kernel: KernelState) -> None:
+        """Take the mark of a former boot away. Only now: loading itself may be what ended that boot."""
+        if found.guard is not Guard.TRIPPED:
+            self._close_killed("load --all", kernel)
+            return
+        self._wait()
+        with self._acting("load", [ALL], kernel, HEALTHY_LIMIT) as acting:
+            text = "loaded again after a boot that never got healthy"
+            acting.begin(ALL, text)
+            persistence.disarm(self.config.state, found.release)
+            acting.end("done", text)
 
     def _require_allowed(self, found: Persistence, kernel: KernelState, *, retry: bool) -> None:
         if found.off:
@@ -493,13 +573,13 @@ class Installer:
         """
         require_root("healthy")
         kernel = read_kernel(self.place)
+        self._close_killed("healthy", kernel)
         with self._told("healthy", [ALL], kernel):
             if self._mark() is None:
                 return _no_mark()
-            if not journal.is_free(self.place):
-                self.progress.step("waiting for the kmend that acts on this kernel now")
-            with journal.acting(self.place, "healthy", limit=HEALTHY_LIMIT):
-                return self._healthy()
+        self._wait()
+        with self._acting("healthy", [ALL], kernel, HEALTHY_LIMIT) as acting:
+            return self._healthy(acting)
 
     def _mark(self) -> Persistence | None:
         """How loading at boot stands, if a boot has left its mark.
@@ -512,7 +592,7 @@ class Installer:
             raise Refused([found.trouble])
         return found if found is not None and found.attempt is not None else None
 
-    def _healthy(self) -> ActionReport:
+    def _healthy(self, acting: _Acting) -> ActionReport:
         """As it is found with the lock held: much may have happened while it was waited for."""
         kernel, found = read_kernel(self.place), self._mark()
         if found is None or found.attempt is None:
@@ -534,10 +614,12 @@ class Installer:
             for name in found.attempt.patches:
                 self._refused("healthy", name, kernel, refusal.what, (refusal,))
             return ActionReport("healthy", "", Result.REFUSED, refusal.what, refused=(refusal,))
-        persistence.disarm(self.config.state, found.release)
         minutes = max(0.0, time.time() - found.attempt.time) / 60
         text = f"this boot is healthy, {minutes:.0f} minutes after its patches were loaded"
-        self._wrote("healthy", found.attempt.patches, text, kernel, {})
+        for name in found.attempt.patches:
+            acting.begin(name, f"for {found.release}", release=found.release)
+        persistence.disarm(self.config.state, found.release)
+        acting.end("done", text)
         return ActionReport("healthy", "", Result.DONE, text)
 
     # -- the journal ---------------------------------------------------------------------------------
@@ -545,16 +627,40 @@ class Installer:
     def _who(self) -> journal.Who:
         return journal.who(self.place, " ".join(sys.argv[:8]))
 
-    def _wrote(
-        self, verb: str, names: Sequence[str], text: str, kernel: KernelState, steps: Mapping[str, str]
-    ) -> None:
-        """Lines in the journal about what is done already."""
+    @contextmanager
+    def _acting(
+        self, verb: str, names: Sequence[str], kernel: KernelState, limit: float = journal.LOCK_LIMIT
+    ) -> Iterator[_Acting]:
+        """Hold the lock, after ``limit`` seconds of waiting at most; what killed runs left open is closed.
+        An error inside ends what is begun, or is written down for each of ``names``; with the lock held, or
+        the next one would take what is begun for killed.
+        """
         book = Journal(self.config.state, kernel.boot_id)
-        if verb in ("install", "uninstall", "healthy"):  # which hold the lock
+        with ExitStack() as held:
+            with self._told(verb, names, kernel):
+                held.enter_context(journal.acting(self.place, verb, limit))
             journal.close_killed(book, self.place, verb)
-        for name in names:
-            words = ", ".join(filter(None, (text, steps.get(name, ""))))
-            book.begin(verb, name, self._who(), words, {}).end("done", words)
+            acting = _Acting(book, verb, self._who())
+            try:
+                yield acting
+            except BaseException as error:
+                acting.broken(error, names)
+                raise
+
+    def _wait(self) -> None:
+        """Say so when another kmend has to be waited for."""
+        if not journal.is_free(self.place):
+            self.progress.step("waiting for the kmend that acts on this kernel now")
+
+    def _close_killed(self, verb: str, kernel: KernelState) -> None:
+        """Write down the end of what killed runs began, also where this command has nothing to do or is
+        refused. Where another kmend acts it has done so itself, and what is open is its own.
+        """
+        book = Journal(self.config.state, kernel.boot_id)
+        with suppress(KmendError):
+            if journal.unfinished(book.records(), book.boot) and journal.is_free(self.place):
+                with journal.acting(self.place, verb):
+                    journal.close_killed(book, self.place, verb)
 
     def _refused(
         self, verb: str, name: str, kernel: KernelState, text: str, refusals: Sequence[Refusal] = ()
@@ -595,9 +701,10 @@ def _no_mark() -> ActionReport:
     return ActionReport("healthy", "", Result.DONE, "no patch waits for this boot to be healthy")
 
 
-def _chosen(store: Store, names: Sequence[str]) -> list[str]:
-    gone = list(dict.fromkeys(names)) or [row.name for row in store.patches]
-    unknown = [name for name in gone if store.named(name) is None]
+def _chosen(store: Store, names: Sequence[str], taken_out: Sequence[str]) -> list[str]:
+    """What is to be taken out; ``taken_out`` has what a killed run took out of the store before."""
+    gone = list(dict.fromkeys(names)) or [*(row.name for row in store.patches), *taken_out]
+    unknown = [name for name in gone if store.named(name) is None and name not in taken_out]
     if unknown:
         there = ", ".join(row.name for row in store.patches) or "none at all"
         raise UsageError(
@@ -640,6 +747,44 @@ def _distinct(candidates: Sequence[_Candidate]) -> None:
                 rule="same-name",
             )
         seen[key] = row.path
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What an install adds to one store."""
+
+    store: Store
+    candidates: tuple[_Candidate, ...]
+
+    def step(self, row: _Candidate) -> str:
+        """What becomes of what was there."""
+        return _step(self.store, row)
+
+    def words(self, row: _Candidate) -> str:
+        """For the journal."""
+        return f"for {self.store.release}, {self.step(row)}"
+
+
+def _put(changes: Sequence[_Change], user: str) -> list[Store]:
+    """Write the files of all stores, before the first index: a disk that gets full then has changed none.
+
+    Raises:
+        Failed, Refused: as :func:`persistence.put`; no file stays.
+    """
+    new: list[Store] = []
+    try:
+        for change in changes:
+            rows = [(_row(row, user), row.data, row.report) for row in change.candidates]
+            new.append(persistence.put(change.store, rows))
+    except KmendError:
+        for change in changes[: len(new)]:
+            persistence.sweep(change.store)
+        raise
+    return new
+
+
+def _result(error: KmendError) -> Result:
+    return Result.FAILED if isinstance(error, Failed) else Result.REFUSED
 
 
 def _row(candidate: _Candidate, user: str) -> Installed:
@@ -697,6 +842,17 @@ def _not_installed(row: _Candidate, all_rows: Sequence[_Candidate]) -> ActionRep
     )
     return ActionReport(
         "install", row.module.name, Result.REFUSED, why, checks=row.checks, refused=row.refusals
+    )
+
+
+def _unwritten(row: _Candidate, error: KmendError) -> ActionReport:
+    return ActionReport(
+        "install",
+        row.module.name,
+        _result(error),
+        f"{row.module.name} was not installed for {row.module.release}",
+        checks=row.checks,
+        refused=error.reasons,
     )
 
 

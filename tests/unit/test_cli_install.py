@@ -25,8 +25,8 @@ from kmend.core.live import ActionReport, Check, Result
 from kmend.core.progress import Silent
 from kmend.installer import UNIT, Installer, _Candidate
 from kmend.manager import Following, Manager
-from kmend.runtime import act, persistence
-from kmend.runtime.journal import Journal, Record, acting, who
+from kmend.runtime import act, journal, persistence
+from kmend.runtime.journal import Action, Journal, Record, acting, who
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.persistence import Store
 from kmend.runtime.place import Place
@@ -312,7 +312,7 @@ def test_who_is_not_root_is_told_before_anything_is_done(
     assert not (tmp_path / "state").exists()
 
 
-def candidate(name: str, *refused: str) -> _Candidate:
+def candidate(name: str, *refused: str, release: str = RELEASE) -> _Candidate:
     """A module that has been looked at."""
     row, data, _ = module(name)
     checks = tuple(
@@ -321,7 +321,7 @@ def candidate(name: str, *refused: str) -> _Candidate:
     file = ModuleFile(
         path=f"{name}.ko",
         name=name,
-        vermagic=f"{RELEASE} SMP",
+        vermagic=f"{release} SMP",
         build_id="",
         depends=(),
         signed=False,
@@ -690,6 +690,210 @@ def test_another_kmend_at_work_keeps_the_store(
     assert (status, found["refused"][0]["rule"], uninstalling.stores()) == (1, "busy", (before,))
 
 
+# -- before and after --------------------------------------------------------------------------------
+
+
+def unfinished(machine: Installer) -> list[tuple[str, str]]:
+    """What `kmend status` calls killed while nobody acts."""
+    found = journal.unfinished(Journal(machine.config.state, "").records(), "this-boot")
+    return [(row.verb, row.patch) for row in found]
+
+
+def killed_before(machine: Installer, verb: str = "load", name: str = "k") -> None:
+    """A run that was killed."""
+    Journal(machine.config.state, "this-boot").begin(verb, name, who(machine.place, ""), "", {})
+    assert unfinished(machine) == [(verb, name)]
+
+
+def test_whoever_has_nothing_to_do_closes_what_was_killed(
+    machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_before(machine, "healthy", "a")
+    assert machine.healthy().why == "no patch waits for this boot to be healthy"
+    assert unfinished(machine) == []
+    assert [row.result for row in lines(machine, "a")] == ["", "interrupted"]
+    for ask in (machine.uninstall, machine.chosen):
+        killed_before(machine, "uninstall", "a")
+        with pytest.raises(UsageError, match="x is not installed"):
+            ask(["x"])
+        assert unfinished(machine) == []
+    monkeypatch.setattr(machine, "_candidate", lambda path, _kernel: candidate(path, "bad"))
+    killed_before(machine, "install", "a")
+    assert machine.install(["a"])[0].result is Result.REFUSED
+    assert unfinished(machine) == []
+
+
+def test_healthy_closes_what_was_killed_whatever_it_answers(machine: Installer) -> None:
+    store = stored(machine, "a")
+    for boot, result in (("former-boot", Result.DONE), ("this-boot", Result.REFUSED)):
+        persistence.arm(store, boot, 0)
+        (machine.place.proc / "sys/kernel/tainted").write_text("128\n")
+        killed_before(machine)
+        assert machine.healthy().result is result
+        assert unfinished(machine) == []
+    killed_before(machine)
+    (store.folder / "index.json").write_text("{")
+    with pytest.raises(Refused):
+        machine.healthy()
+    assert unfinished(machine) == []
+
+
+def test_what_goes_on_is_not_taken_for_killed(machine: Installer) -> None:
+    """Nor is it waited for where nothing is to be done."""
+    killed_before(machine)
+    with another(machine.place, 1.5):
+        began = time.monotonic()
+        machine.healthy()
+        assert time.monotonic() - began < 1
+        with pytest.raises(Refused):
+            machine.uninstall(["x"])
+        assert unfinished(machine) == [("load", "k")]
+
+
+def test_load_all_with_nothing_to_do_closes_its_own(
+    machine: Installer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(act, "require_power", lambda *_: None)
+    stored(machine, "a")
+    folder = machine.place.livepatch / "a"
+    folder.mkdir()
+    (folder / "enabled").write_text("1\n")
+    (folder / "transition").write_text("0\n")
+    killed_before(machine, "load", "--all")
+    assert [row.result for row in machine.load_all(Following())] == [Result.DONE]
+    assert unfinished(machine) == []
+
+
+class Cut(BaseException):
+    """kill -9: nothing is written down any more."""
+
+
+def killing(name: str, *, after: bool) -> pytest.MonkeyPatch:
+    """A run of kmend is killed before or after that function; ``undo`` of the answer ends it."""
+    patched = pytest.MonkeyPatch()
+    real = getattr(persistence, name)
+
+    def wrapped(*args: object) -> None:
+        if after:
+            real(*args)
+        raise Cut
+
+    patched.setattr(persistence, name, wrapped)
+    patched.setattr(Action, "end", lambda *_args, **_more: None)
+    return patched
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("verb", ["install", "uninstall", "healthy", "load"])
+def test_who_changes_the_store_is_in_the_journal_before(
+    machine: Installer, enabling: list[object], verb: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(act, "require_power", lambda *_: None)
+    store = stored(machine, *(() if verb == "install" else ("a", "b")))
+    names, boots = ("a", "b"), {"healthy": "this-boot", "load": "former-boot"}
+    if verb in boots:
+        persistence.arm(store, boots[verb], 4096)
+    for name in names if verb == "load" else ():
+        (machine.place.livepatch / name).mkdir()
+        (machine.place.livepatch / name / "enabled").write_text("1\n")
+        (machine.place.livepatch / name / "transition").write_text("0\n")
+    what = {"install": "commit", "uninstall": "drop", "healthy": "disarm", "load": "disarm"}[verb]
+
+    def work() -> object:
+        match verb:
+            case "install":
+                return machine.install(["a", "b"])
+            case "uninstall":
+                return machine.uninstall(["a", "b"])
+            case "load":
+                return machine.load_all(Following(), retry=True)
+            case _:
+                return machine.healthy()
+
+    killed = killing(what, after=after)
+    with pytest.raises(Cut):
+        work()
+    killed.undo()
+    about = ["--all"] if verb == "load" else ["a", "b"]
+    assert unfinished(machine) == [(verb, name) for name in about]
+    work()  # the same command again
+    assert unfinished(machine) == []
+    assert persistence.read_attempt(machine.config.state, RELEASE) is None
+    there = () if verb == "uninstall" else (RELEASE,)
+    assert tuple(row.release for row in machine.stores()) == there
+    again = () if verb in boots and after else ("", "done")
+    assert [row.result for row in lines(machine, about[0])] == ["", "interrupted", *again]
+
+
+@pytest.mark.parametrize("names", [["a"], []])
+def test_uninstall_goes_on_with_what_a_killed_one_has_taken_out(machine: Installer, names: list[str]) -> None:
+    stored(machine, "a")
+    killed = killing("drop", after=True)
+    with pytest.raises(Cut):
+        machine.uninstall(names)
+    killed.undo()
+    folder = machine.config.state / RELEASE
+    (folder / "a.0123456789abcdef.ko").write_text("it was killed before it had swept")
+    with pytest.raises(UsageError):
+        machine.uninstall(["a"], "6.1.0-54-amd64")  # that is another store
+    assert machine.chosen(names) == ["a"]
+    (report,) = machine.uninstall(names)
+    assert (report.patch, report.result) == ("a", Result.DONE)
+    assert report.why.endswith("boots: what was interrupted had taken it out")
+    assert [path.name for path in folder.iterdir()] == ["index.json"]
+    assert machine.uninstall([]) == ()
+    with pytest.raises(UsageError):  # from then on it is as unknown as any other
+        machine.uninstall(["a"])
+
+
+def test_what_is_stopped_while_the_store_changes_has_its_end(
+    machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored(machine, "a")
+    real = persistence.drop
+
+    def stopped(*args: Any) -> None:
+        real(*args)
+        assert not journal.is_free(machine.place)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(persistence, "drop", stopped)
+        machine.uninstall(["a"])
+    assert [row.result for row in lines(machine, "a")] == ["", "interrupted"]
+    assert [row.result for row in machine.uninstall(["a"])] == [Result.DONE]
+
+    def full(*_: object) -> None:
+        raise Failed("it cannot be written", why="the disk is full", rule="unwritable")
+
+    monkeypatch.setattr(persistence, "commit", full)
+    with pytest.raises(Failed):
+        machine.install(["b"])
+    (begin, end) = lines(machine, "b")
+    assert (begin.event, begin.id, end.result, end.detail["rules"]) == (
+        "begin",
+        end.id,
+        "failed",
+        ["unwritable"],
+    )
+
+
+def test_what_was_killed_in_the_store_says_nothing_about_the_kernel(machine: Installer) -> None:
+    """Else `unload` would say that it had taken the patch back, and `load` forget what it goes on with."""
+    book, by = Journal(machine.config.state, "this-boot"), who(machine.place, "")
+    (machine.place.livepatch / "a").mkdir()
+    (machine.place.livepatch / "a/enabled").write_text("1\n")
+    (machine.place.livepatch / "a/transition").write_text("0\n")
+    for verb in ("install", "uninstall", "healthy"):
+        book.begin(verb, "a", by, "", {"release": RELEASE})
+    assert journal.resumable(book.records(), "this-boot") == ()
+    assert machine._here(read_kernel(machine.place))["a"].settled
+    book.begin("load", "a", by, "", {}).end("interrupted", "")
+    book.begin("install", "a", by, "", {"release": RELEASE}).end("done", "")
+    assert [row.verb for row in journal.resumable(book.records(), "this-boot")] == ["load"]
+    assert not machine._here(read_kernel(machine.place))["a"].settled
+
+
 # -- in a chroot -------------------------------------------------------------------------------------
 
 
@@ -713,3 +917,85 @@ def test_without_sys_what_the_kernel_allows_is_not_checked(
         assert rows == [Check(name, None, why) for name in installer.LASTING]
         machine.place.sys.mkdir(exist_ok=True)
     assert [row.name for store in machine.stores() for row in store.patches] == ["a"]
+
+
+# -- for several kernels -----------------------------------------------------------------------------
+
+OTHER = "6.1.0-54-amd64"
+
+
+@pytest.fixture
+def both(machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch) -> Installer:
+    """`one` is for the running kernel, `two` and `three` for another; `old` is installed for both."""
+    rows = {"one": RELEASE, "two": OTHER, "three": OTHER}
+    monkeypatch.setattr(machine, "_candidate", lambda path, _kernel: candidate(path, release=rows[path]))
+    for release in (RELEASE, OTHER):
+        empty = Store(persistence.release_of(release), machine.config.state / release, ())
+        persistence.add(empty, [module("old")])
+    return machine
+
+
+def installed(machine: Installer) -> dict[str, list[str]]:
+    """What is installed; nothing else lies there."""
+    found = machine.stores()
+    for store in found:
+        named = {row.file for row in store.patches} | {row.report for row in store.patches} - {""}
+        assert {path.name for path in store.folder.iterdir()} == named | {"index.json"}
+    return {store.release: [row.name for row in store.patches] for store in found}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, release: str, ending: str) -> None:
+    """The disk is full when such a file of that release is written."""
+    real = persistence.write_atomically
+
+    def write(path: Path, data: bytes) -> None:
+        if path.parent.name == release and path.name.endswith(ending):
+            raise Failed(f"{path} cannot be written", why="No space left on device", rule="unwritable")
+        real(path, data)
+
+    monkeypatch.setattr(persistence, "write_atomically", write)
+
+
+@pytest.mark.parametrize(("release", "ending"), [(OTHER, ".ko"), (RELEASE, ".ko")])
+def test_a_disk_that_gets_full_changes_no_store(
+    both: Installer, release: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, release, ending)
+    with pytest.raises(Failed) as error:
+        both.install(["one", "two", "three"])
+    assert error.value.what == f"{both.config.state / release} cannot be written"
+    assert installed(both) == {RELEASE: ["old"], OTHER: ["old"]}
+    for name in ("one", "two", "three"):
+        assert [row.result for row in lines(both, name)] == ["", "failed"]
+
+
+def test_the_first_index_that_cannot_be_written_ends_it(
+    both: Installer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, RELEASE, "index.json")
+    with pytest.raises(Failed):
+        both.install(["one", "two", "three"])
+    assert {store.release: len(store.patches) for store in both.stores()} == {RELEASE: 1, OTHER: 1}
+    assert [row.result for row in lines(both, "two")] == ["", "failed"]
+
+
+def test_a_later_index_that_cannot_be_written_is_told_of_its_patches_alone(
+    both: Installer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        failing(patched, OTHER, "index.json")
+        found = both.install(["one", "two", "three"])
+    assert [(row.patch, row.result) for row in found] == [
+        ("one", Result.DONE),
+        ("two", Result.FAILED),
+        ("three", Result.FAILED),
+    ]
+    assert found[1].why == f"two was not installed for {OTHER}"
+    assert [row.rule for row in found[1].refused] == ["unwritable"]
+    assert [row.result for row in lines(both, "one")] == ["", "done"]
+    for name in ("two", "three"):
+        (_, end) = lines(both, name)
+        assert (end.result, end.detail["rules"]) == ("failed", ["unwritable"])
+    assert {row.release: len(row.patches) for row in both.stores()} == {RELEASE: 2, OTHER: 1}
+    both.install(["one", "two", "three"])  # and the same command again puts it right
+    assert installed(both) == {RELEASE: ["old", "one"], OTHER: ["old", "two", "three"]}

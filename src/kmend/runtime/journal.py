@@ -9,6 +9,7 @@ and never joined with the next one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,12 +31,14 @@ SCHEMA = 1
 NAME = "log"
 #: How an action ended that the same command can go on with: it was stopped, or told not to wait.
 INTERRUPTED, PENDING = "interrupted", "pending"
+#: Verbs that change what is loaded at boot. Their actions say nothing about what is in the kernel.
+STORING = ("install", "uninstall", "healthy")
 #: The lock that whoever acts on the kernel holds, in ``/run``: it goes with the boot, as does what it guards.
 LOCK = "kmend.lock"
 #: So many bytes before the end of what was read tell one file from another: a line with its time.
 _LAST = 512
 #: Seconds to wait for it: who only asks whether it is free (:func:`is_free`) holds it for an instant.
-_LOCK_LIMIT = 0.5
+LOCK_LIMIT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +139,11 @@ class Journal:
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":
                     line = b"\n" + line  # a power cut tore the last one
-                os.write(fd, line)
+                short = os.write(fd, line) < len(line)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            self.trouble = ""
+            self.trouble = f"{self.path}: {os.strerror(errno.ENOSPC)}" if short else ""
         except OSError as error:
             self.trouble = f"{self.path}: {error.strerror or error}"
 
@@ -253,9 +256,27 @@ def resumable(records: Sequence[Record], boot: str) -> tuple[Record, ...]:
     """The beginnings of this boot that the same command goes on with, with how they ended as ``result``.
 
     Those without an end (''), and of each patch its last action if it was interrupted or left to go on.
+    Actions on the store of installed patches are not among them: see :func:`resumable_in_store`.
     """
+    return _resumable([row for row in records if row.boot == boot and row.verb not in STORING])
+
+
+def resumable_in_store(records: Sequence[Record], boot: str, release: str) -> tuple[Record, ...]:
+    """The same of ``install`` and ``uninstall`` for a release, which their ``detail`` names."""
+    return _resumable(
+        [
+            row
+            for row in records
+            if row.boot == boot
+            and row.verb in ("install", "uninstall")
+            and (row.event == "end" or row.detail.get("release") == release)
+        ]
+    )
+
+
+def _resumable(records: Sequence[Record]) -> tuple[Record, ...]:
     ends = {row.id: row.result for row in records if row.event == "end"}
-    begun = [row for row in records if row.event == "begin" and row.boot == boot]
+    begun = [row for row in records if row.event == "begin"]
     last = {row.patch: row.id for row in begun}
     return tuple(
         replace(row, result=ends.get(row.id, ""))
@@ -341,7 +362,7 @@ def forced(records: Iterable[Record], boot: str) -> Forced:
 
 
 @contextlib.contextmanager
-def acting(place: Place, verb: str, limit: float = _LOCK_LIMIT) -> Iterator[None]:
+def acting(place: Place, verb: str, limit: float = LOCK_LIMIT) -> Iterator[None]:
     """Hold the lock of whoever acts on the kernel; the kernel drops it when its holder dies.
 
     ``limit``: for so many seconds another one's end is waited for.
@@ -360,8 +381,10 @@ def acting(place: Place, verb: str, limit: float = _LOCK_LIMIT) -> Iterator[None
             next_step="run kmend as root",
             rule="unwritable",
         ) from error
+    mine = False
     try:
-        if not _locked(fd, time.monotonic() + limit):
+        mine = _locked(fd, time.monotonic() + limit)
+        if not mine:
             holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
             raise Refused(
                 [
@@ -374,12 +397,13 @@ def acting(place: Place, verb: str, limit: float = _LOCK_LIMIT) -> Iterator[None
                 ]
             )
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{verb}, process {os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, os.fsencode(f"{verb}, process {os.getpid()}\n"), 0)
         yield
     finally:
         # the file stays: removing it would let a third one lock another file of the same name
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, 0)
+        if mine:  # else it names who holds it
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
         os.close(fd)
 
 
