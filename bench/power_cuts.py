@@ -1,6 +1,6 @@
 """Power cuts at random moments of install, uninstall and boot, in guests whose disk outlives them.
 
-    .venv/bin/python bench/power_cuts.py [NUMBER] [SEED]      (default: 30 cuts)
+    .venv/bin/python bench/power_cuts.py [NUMBER] [SEED] [RELEASE]      (default: 30 cuts, 1, 6.1.0-55-amd64)
 
 Every other cut kills a guest that changes the store of installed patches without pause; the others one whose
 boot is loading what is installed. The next boot must find the store sound, load exactly what it names (or
@@ -33,9 +33,10 @@ def main() -> int:
     """Cut, boot, look; again."""
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    release = Release(sys.argv[3] if len(sys.argv) > 3 else "6.1.0-55-amd64")
     chance = random.Random(seed)
     settings = config.load()
-    target = fetch(settings, Release("6.1.0-55-amd64"), Silent())
+    target = fetch(settings, release, Silent())
     with tempfile.TemporaryDirectory(prefix="kmend-power-cuts-") as scratch:
         folder = Path(scratch)
         modules = lab.build(target, folder)
@@ -49,7 +50,10 @@ def main() -> int:
             found = cuts.cut(lab.KINDS[at % 2])
             print(f"{at:3}/{number}  {found}  ({time.monotonic() - began:.0f} s)", flush=True)
         print(f"         {cuts.end()}")
-    print(f"{number} power cuts, every boot sound (seed {seed}, load average {os.getloadavg()[0]:.1f})")
+    print(
+        f"{number} power cuts on {release}, every boot sound "
+        f"(seed {seed}, load average {os.getloadavg()[0]:.1f})"
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Patches that come back at boot, in guests of a stock kernel whose disk outlives them.
+"""Patches that come back at boot, in guests of stock kernels whose disk outlives them.
 
 A guest has no systemd: its boot is the command of the unit, `kmend load --all --boot`; a power cut is QEMU
 killed. The disk keeps what the guest's kernel had written to it, and nothing of its page cache.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,9 +84,15 @@ def build(target: Target, folder: Path) -> dict[str, bytes]:
     return {name: (folder / f"{name}.ko").read_bytes() for name in MODULES}
 
 
+@pytest.fixture(scope="module", params=["target_55", "target_612"], ids=["6.1", "6.12"])
+def target(request: pytest.FixtureRequest) -> Target:
+    found: Target = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="module")
-def modules(target_55: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return build(target_55, tmp_path_factory.mktemp("persistence"))
+def modules(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return build(target, tmp_path_factory.mktemp("persistence"))
 
 
 class Server:
@@ -108,8 +115,8 @@ class Server:
 
 
 @pytest.fixture
-def server(kernel_55: LabKernel, config: Config, modules: dict[str, bytes], tmp_path: Path) -> Server:
-    return Server(kernel_55, config, modules, tmp_path / "disk")
+def server(target: Target, config: Config, modules: dict[str, bytes], tmp_path: Path) -> Server:
+    return Server(LabKernel.of(target), config, modules, tmp_path / "disk")
 
 
 def rules(found: dict[str, Any]) -> list[str]:
@@ -208,7 +215,7 @@ def test_a_boot_whose_kernel_oopsed_is_not_called_healthy(server: Server) -> Non
         assert rules(kmend.answer(*BOOT)) == ["crash-guard"]
 
 
-def test_the_switches(server: Server, kernel_55: LabKernel, config: Config) -> None:
+def test_the_switches(server: Server) -> None:
     with server.up() as (guest, kmend):
         assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
         guest.run("mkdir -p /etc/kmend && touch /etc/kmend/off", check=True)
@@ -297,16 +304,23 @@ def test_the_initramfs_loads_from_the_root_file_system_before_anything_runs_ther
         assert guest.run("ls /r/var/lib/kmend/*/attempt.json").status == 0
 
 
+def before(release: str) -> str:
+    """The release before it, of the same length: 6.1.0-54-amd64, 6.12.116+deb12-amd64."""
+    return re.sub(r"\d(?=(\+deb\d+)?-amd64$)", lambda digit: str(int(digit[0]) - 1), release)
+
+
 def test_what_is_installed_for_another_kernel_is_left_alone(server: Server) -> None:
+    this = server.kernel.release
+    other = before(this)
     with server.up() as (guest, kmend):
-        guest.run("sed s/6.1.0-55-amd64/6.1.0-54-amd64/ /root/keep_a.ko >/root/other.ko", check=True)
+        guest.run(f"sed s/{this}/{other}/ /root/keep_a.ko >/root/other.ko", check=True)
         found = kmend.answer("install", "/root/other.ko", "/root/keep_b.ko")
         assert found["status"] == 0
         assert "kernel-absent" in {row["rule"] for row in found["actions"][0]["warnings"]}
         listed = kmend.answer("install", "--list")["stores"]
         assert [(row["release"], [one["name"] for one in row["patches"]]) for row in listed] == [
-            ("6.1.0-54-amd64", ["keep_a"]),
-            ("6.1.0-55-amd64", ["keep_b"]),
+            (other, ["keep_a"]),
+            (this, ["keep_b"]),
         ]
         assert results(kmend.answer(*BOOT)) == [("keep_b", "done")]
 

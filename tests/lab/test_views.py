@@ -1,4 +1,4 @@
-"""The views of a transition under way, as a user's terminal and browser get them: in a guest with a stall."""
+"""The views of a transition under way, as a user's terminal and browser get them: in guests with a stall."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ for i in $(seq 200); do grep -q livepatch /root/watch 2>/dev/null && break; usle
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["target_55", "target_612"], ids=["6.1", "6.12"])
 def guest(
-    target_55: Target, kernel_55: LabKernel, config: Config, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, config: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Guest]:
-    module = bank.build(target_55, tmp_path_factory.mktemp("bank"))["naps"]
-    with Guest.of(kernel_55, config.lab) as running:
+    target: Target = request.getfixturevalue(request.param)
+    module = bank.build(target, tmp_path_factory.mktemp("bank"))["naps"]
+    with Guest.of(LabKernel.of(target), config.lab) as running:
         inside.settle(running, inside.VIEWS)
         running.put("/root/naps.ko", module.read_bytes())
         running.run(ACTORS, check=True)
