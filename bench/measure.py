@@ -1,7 +1,7 @@
 """What the benchmarks share: running kmend as a user does, watching its processes, printing a table.
 
-Figures only: nothing here passes or fails. A machine that does other work gives other figures, so
-every table names the load that it was measured under.
+Figures only: nothing here passes or fails (bench_sleepers.py does). A machine that does other work gives
+other figures, so every table names the load that it was measured under.
 """
 
 from __future__ import annotations
