@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from kmend.core.errors import Unable
+from kmend.core.kmsg import KernelMessage
 from kmend.core.live import LogEntry
 from kmend.report import live
 from kmend.runtime import klog, observe
@@ -155,3 +157,35 @@ def test_one_boot_has_no_mark(tmp_path: Path, place: Place) -> None:
     (tmp_path / "state/log").unlink()
     rows, _ = read_log(place, tmp_path / "state")
     assert [entry.text for entry in rows] == ["livepatch: enabling patch 'new'"]
+
+
+def test_the_log_of_one_patch_has_what_the_kernel_said_meanwhile(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, by = Journal(tmp_path / "state", NEW), who(place, "")
+    began = klog.epoch_of_boot()
+
+    def said(*rows: tuple[float, str]) -> None:
+        messages = [KernelMessage(at - began, 6, text) for at, text in rows]
+        kept = tuple(klog.Record(number, row) for number, row in enumerate(messages))
+        monkeypatch.setattr(klog, "read_all", lambda *_: kept)
+
+    one = book.begin("load", "one", by, "from one.ko", {})
+    during = time.time()
+    time.sleep(0.002)
+    one.end("refused", "the kernel has no function f()")
+    book.begin("load", "none", by, "from none.ko", {}).end("done", "in force")
+    time.sleep(0.002)
+    said(
+        (during, "livepatch: symbol 'f' not found in symbol table"),
+        (time.time(), "livepatch: enabling patch 'none'"),
+        (time.time(), "livepatch: 'one': unpatching complete"),
+    )
+    rows, _ = read_log(place, tmp_path / "state")
+    texts = [row.text for row in observe.about(rows, "one") if not row.text.startswith("----")]
+    assert texts == [
+        "load one: from one.ko, by " + one.by.user,
+        "livepatch: symbol 'f' not found in symbol table",
+        "load one: the kernel has no function f() [refused], by " + one.by.user,
+        "livepatch: 'one': unpatching complete",
+    ]

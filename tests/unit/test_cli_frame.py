@@ -16,7 +16,7 @@ import pytest
 
 from kmend import __version__, cli
 from kmend.cli import main
-from kmend.cli.context import Context, Lines, Live, Quiet, display
+from kmend.cli.context import Context, Lines, Live, Quiet, Unbroken, display
 from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
 
 Run = Callable[[Context], int]
@@ -227,7 +227,7 @@ def test_error_after_the_document_prints_no_second_one(
 def test_displays() -> None:
     out = io.StringIO()
     lines = display(out, quiet=False, debug=False)
-    assert isinstance(lines, Lines)
+    assert isinstance(lines, Unbroken) and isinstance(lines.shown, Lines)
     lines.step("fetching")
     lines.amount(1, 2)
     lines.close()
@@ -241,7 +241,7 @@ def test_live_display_leaves_the_screen_clean() -> None:
 
     out = Terminal()
     live = display(out, quiet=False, debug=False)
-    assert isinstance(live, Live)
+    assert isinstance(live, Unbroken) and isinstance(live.shown, Live)
     live.amount(1, 2)  # before any step: nothing to show
     live.step("fetching [bold]")
     live.amount(5, 10)
@@ -249,7 +249,8 @@ def test_live_display_leaves_the_screen_clean() -> None:
     live.step("unpacking")
     live.close()
     live.close()
-    assert isinstance(display(out, quiet=False, debug=True), Lines)
+    plain = display(out, quiet=False, debug=True)
+    assert isinstance(plain, Unbroken) and isinstance(plain.shown, Lines)
 
 
 # --- as a program --------------------------------------------------------------------------------
@@ -300,3 +301,17 @@ def test_starting_imports_no_verb_and_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     for name in ("rich", "kmend.cli.build", "kmend.pipeline", "capstone", "kmend.patch.intake", "asyncio"):
         assert f"'{name}'" not in done.stdout
+
+
+class Full(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_display_that_fails_ends_nothing() -> None:
+    shown = display(Full(), quiet=False, debug=False)
+    shown.step("loading")
+    shown.amount(1, 2)
+    shown.step("following")
+    shown.close()
+    assert isinstance(shown, Unbroken) and isinstance(shown.shown, Quiet)

@@ -199,3 +199,36 @@ def test_the_packaged_command_runs_from_its_own_folder_alone(tmp_path: Path, gen
             env={"PYTHONPATH": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1"},
         )
         assert want in done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    ("state", "tried"),
+    [("enabled", True), ("disabled", False), ("masked", False), ("no unit at all", True)],
+)
+def test_the_initramfs_loads_nothing_where_the_unit_is_switched_off(
+    tmp_path: Path, state: str, tried: bool
+) -> None:
+    """Else nothing would say that the boot is healthy, and the next one would be refused by the guard."""
+    script = (PACKAGING / "initramfs/scripts/kmend").read_text()
+    release = subprocess.run(["uname", "-r"], capture_output=True, check=True, text=True).stdout.strip()
+    for path in (f"var/lib/kmend/{release}/index.json", "usr/bin/kmend"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch(0o755)
+    units = tmp_path / "etc/systemd/system"
+    (units / "sysinit.target.wants").mkdir(parents=True)
+    if state != "no unit at all":
+        (tmp_path / "usr/lib/systemd/system").mkdir(parents=True)
+        (tmp_path / "usr/lib/systemd/system/kmend-load.service").touch()
+    if state in ("enabled", "masked"):
+        (units / "sysinit.target.wants/kmend-load.service").symlink_to("/nowhere")
+    if state == "masked":
+        (units / "kmend-load.service").symlink_to("/dev/null")
+    # what would need root, and the kernel's own files, are not this test's
+    before, _, _ = script.partition("# the mark of the crash guard must be on the disk")
+    copy = tmp_path / "script"
+    copy.write_text(
+        before.replace("/proc/cmdline", "/dev/null").replace("/proc/vmcore", "/no") + "echo tried\n"
+    )
+    environment = {"rootmnt": str(tmp_path), "KMEND_INITRAMFS": "yes", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["sh", copy], env=environment, capture_output=True, check=True, text=True)
+    assert (done.stdout == "tried\n") is tried

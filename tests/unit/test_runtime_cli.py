@@ -147,6 +147,8 @@ def test_flags_of_a_transition(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (how.wait, how.patience.limit, how.patience.wake) == (True, 5.0, False)
     assert how.on_stall is OnStall.WAIT
     assert acting.following(flags("--no-wait", "--interrupt-io-uring")).patience.io_uring
+    with pytest.raises(UsageError, match="one patch"):
+        acting.following(flags("--no-wait"), 2)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UsageError):
         acting.following(flags("--on-stall", "ask"))

@@ -84,12 +84,19 @@ def _seconds(word: str) -> float:
     return value
 
 
-def following(args: argparse.Namespace) -> Following:
-    """The flags as a value.
+def following(args: argparse.Namespace, number: int = 1) -> Following:
+    """The flags as a value, for an action on so many patches.
 
     Raises:
-        UsageError: ``--on-stall ask`` without a terminal to ask on.
+        UsageError: ``--on-stall ask`` without a terminal to ask on; ``--no-wait`` for several patches.
     """
+    if args.no_wait and number > 1:
+        raise UsageError(
+            "--no-wait is for one patch",
+            why="the kernel makes one transition at a time: the next patch has to wait for its end",
+            next_step="name one patch, or leave --no-wait out",
+            rule="usage",
+        )
     if args.on_stall == OnStall.ASK.value and not sys.stdin.isatty():
         raise UsageError(
             "--on-stall ask needs a terminal",
@@ -118,23 +125,19 @@ def asker(context: Context) -> Ask:
         context.progress.close()
         lines = list(live.blockers_text(last)) if last is not None else ["no task of user space is left"]
         out = sys.stderr
-        out.write("\n".join(lines) + "\n")
-        while True:
-            out.write("[r]everse, [w]ait on, or [l]eave it as it is? ")
-            out.flush()
-            word = sys.stdin.readline().strip().lower()
-            match word[:1]:
-                case "r":
-                    return Choice.REVERSE
-                case "w":
-                    return Choice.WAIT
-                case "l":
-                    return Choice.LEAVE
-                case "":
-                    if not word:  # the terminal is gone: the safe way
-                        return Choice.REVERSE
-                case _:
-                    pass
+        try:
+            out.write("\n".join(lines) + "\n")
+            while True:
+                out.write("[r]everse, [w]ait on, or [l]eave it as it is? ")
+                out.flush()
+                word = sys.stdin.readline()
+                if not word:
+                    return Choice.REVERSE  # the terminal is gone: the safe way
+                choice = next((row for row in Choice if row.value[0] == word.strip().lower()[:1]), None)
+                if choice is not None:
+                    return choice
+        except (OSError, ValueError):  # gone, or something else than text was typed
+            return Choice.REVERSE
 
     return ask
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -127,6 +128,31 @@ class Live:
             )
 
 
+class Unbroken:
+    """Another display, until it fails: its reader has gone (`kmend load … 2>&1 | less`), the disk is full.
+
+    What is shown of an action is never to end the action.
+    """
+
+    def __init__(self, shown: Display) -> None:
+        self.shown = shown
+
+    def step(self, text: str) -> None:
+        self._try(lambda shown: shown.step(text))
+
+    def amount(self, done: int, total: int) -> None:
+        self._try(lambda shown: shown.amount(done, total))
+
+    def close(self) -> None:
+        self._try(lambda shown: shown.close())
+
+    def _try(self, what: Callable[[Display], None]) -> None:
+        try:
+            what(self.shown)
+        except (OSError, ValueError):  # a closed file raises the second
+            self.shown = Quiet()
+
+
 def display(out: TextIO, *, quiet: bool, debug: bool) -> Display:
     """The display that suits the stream: none, plain lines, or a live one on a terminal.
 
@@ -134,9 +160,7 @@ def display(out: TextIO, *, quiet: bool, debug: bool) -> Display:
     """
     if quiet:
         return Quiet()
-    if debug or not out.isatty():
-        return Lines(out)
-    return Live(out)
+    return Unbroken(Lines(out) if debug or not out.isatty() else Live(out))
 
 
 @dataclass(frozen=True, slots=True)

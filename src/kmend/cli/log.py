@@ -9,19 +9,24 @@ from kmend.cli.context import Context
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``log``."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="only lines that name this patch")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="only what was done with this patch, and what the kernel said",
+    )
     parser.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Exit status 0; what cannot be read is named, and the rest is shown."""
     from kmend.report import live
-    from kmend.runtime.observe import read_log
+    from kmend.runtime.observe import about, read_log
     from kmend.runtime.place import Place
 
     rows, notes = read_log(Place(), context.config.state)
     if args.name:
-        rows = tuple(row for row in rows if args.name in row.text)
+        rows = about(rows, args.name)
     if args.lines is not None:
         rows = rows[-args.lines :] if args.lines > 0 else ()
     context.emit(

@@ -19,7 +19,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Exit status 0: every patch is as asked for; 1: one is not, and is as it was before."""
-    how = following(args)
     machine = manager(context)
     everything = getattr(args, "all", False)
     if everything == bool(args.name):
@@ -30,6 +29,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
             rule="usage",
         )
     names = machine.loaded() if everything else tuple(name.removesuffix(".ko") for name in args.name)
+    how = following(args, len(names))
     if not names:
         machine.close_killed("unload --all")
     match args.verb:

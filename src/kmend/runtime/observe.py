@@ -181,6 +181,31 @@ def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str
     return tuple(out), tuple(notes)
 
 
+def about(rows: Sequence[LogEntry], name: str) -> tuple[LogEntry, ...]:
+    """What concerns one patch: its actions, lines that name it, and what the kernel said during its actions.
+
+    The kernel often does not name the patch when it says why it refuses it.
+    """
+    word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+    under_way: set[str] = set()
+    found = []
+    for row in rows:
+        record = row.record or {}
+        event, number = record.get("event"), str(record.get("id", ""))
+        if event == "boot":
+            under_way.clear()
+        elif row.source == "kmend" and record.get("patch") == name:
+            if event == "end":
+                under_way.discard(number)
+            else:
+                under_way.add(number)
+            found.append(row)
+            continue
+        if (row.source == "kernel" and under_way) or word.search(row.text):
+            found.append(row)
+    return tuple(found)
+
+
 def _kernel_entry(time: float, message: KernelMessage, boot: str) -> LogEntry:
     return LogEntry(time, "kernel", message.text, message, record={"boot": boot})
 

@@ -112,7 +112,8 @@ def _allowed(kernel: KernelState) -> Check:
                 "modules-disabled",
                 "no module can be loaded until the next boot",
                 "kernel.modules_disabled is 1, which cannot be taken back",
-                "have the patch installed at boot, before that is set",
+                "have the patch installed at boot, before that is set (KMEND_INITRAMFS=yes where a file in "
+                "/etc/sysctl.d sets it)",
             ),
         )
     return Check("modules allowed", True, "modules can be loaded")
