@@ -370,7 +370,7 @@ class Installer:
             store = persistence.read(self.config.state, chosen)
             gone = _chosen(store, names, self._taken_out(store, kernel))
             for name in gone:
-                acting.begin(name, f"for {chosen}", release=chosen)
+                acting.begin(name, f"for {chosen}", release=chosen, names=gone)
             if gone or is_folder(store.folder):
                 # also for what is out of the index: the killed run may not have synced it, nor swept
                 persistence.drop(store, gone)
@@ -408,14 +408,15 @@ class Installer:
 
     def _taken_out(self, store: Store, kernel: KernelState) -> list[str]:
         """What an uninstall had taken out of the store when it was killed or interrupted, and nobody has put
-        back since."""
+        back since. Also what it had written the end of: of several names, the next one's may lack."""
         try:
             records = Journal(self.config.state, kernel.boot_id).records()
         except KmendError:
             return []
         found = journal.resumable_in_store(records, kernel.boot_id, store.release)
-        names = dict.fromkeys(row.patch for row in found if row.verb == "uninstall")
-        return [name for name in names if store.named(name) is None]
+        lists = [row.detail.get("names") for row in found if row.verb == "uninstall"]
+        names = [str(name) for row in lists if isinstance(row, list) for name in row]
+        return [name for name in dict.fromkeys(names) if store.named(name) is None]
 
     # -- boot ----------------------------------------------------------------------------------------
 

@@ -846,6 +846,27 @@ def test_uninstall_goes_on_with_what_a_killed_one_has_taken_out(machine: Install
         machine.uninstall(["a"])
 
 
+def test_uninstall_may_be_killed_between_two_ends(machine: Installer) -> None:
+    stored(machine, "a", "b")
+    real = Action.end
+
+    def end(self: Action, *args: Any, **more: Any) -> None:
+        if self.patch == "b":
+            raise Cut
+        real(self, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Action, "end", end)
+        patched.setattr(installer._Acting, "broken", lambda *_: None)
+        with pytest.raises(Cut):
+            machine.uninstall(["a", "b"])
+    assert unfinished(machine) == [("uninstall", "b")]
+    assert [row.result for row in machine.uninstall(["a", "b"])] == [Result.DONE, Result.DONE]
+    assert unfinished(machine) == []
+    with pytest.raises(UsageError):
+        machine.uninstall(["a"])
+
+
 def test_what_is_stopped_while_the_store_changes_has_its_end(
     machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
