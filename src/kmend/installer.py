@@ -20,12 +20,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmend.action import Following
 from kmend.core.config import Config
 from kmend.core.errors import Failed, KmendError, Refusal, Refused, Unable, UsageError
 from kmend.core.live import ActionReport, Check, KernelState, Phase, Result, Step
 from kmend.core.progress import Progress
 from kmend.core.run import run
-from kmend.manager import Following, Manager, read_module_file
+from kmend.examine import read_module_file
+from kmend.manager import Manager
 from kmend.runtime import act, journal, persistence, preflight
 from kmend.runtime.journal import Action, Journal
 from kmend.runtime.kernel_state import read_kernel

@@ -29,6 +29,7 @@ from kmend.core.plan import (
 )
 from kmend.core.progress import Progress, Silent
 from kmend.core.target import VMLINUX
+from kmend.examine import Examined, examine
 from kmend.klp import line as lines
 from kmend.klp.core import klp_enable_patch
 from kmend.klp.sched import advance, exit_to_user_mode, new_kernel_tasks, resume, seconds
@@ -50,7 +51,6 @@ from kmend.klp.structs import (
     Task,
     Wake,
 )
-from kmend.manager import Examined, Manager
 from kmend.module.describe import KLP_SYMBOL, Description, FuncRow, ObjectFuncs, klp_symbols
 from kmend.runtime import act, answers, blockers, probes
 from kmend.runtime.frames import Seeker
@@ -83,7 +83,7 @@ def plan(
     """
     where = place or Place()
     act.require_power(where, "plan")
-    examined = Manager(config, progress, place=where).examine(path)
+    examined = examine(config, progress, where, path)
     return Planner(where, progress, examined, samples).plan()
 
 

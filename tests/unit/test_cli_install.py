@@ -16,6 +16,7 @@ import pytest
 from test_persistence import RELEASE, module
 
 from kmend import installer
+from kmend.action import Following
 from kmend.cli import install as cli_install
 from kmend.cli import main
 from kmend.cli.install import boot_document, boot_text
@@ -24,7 +25,7 @@ from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
 from kmend.core.live import ActionReport, Check, Result
 from kmend.core.progress import Silent
 from kmend.installer import UNIT, Installer, _Candidate
-from kmend.manager import Following, Manager
+from kmend.manager import Manager
 from kmend.runtime import act, journal, persistence
 from kmend.runtime.journal import Action, Journal, Record, acting, who
 from kmend.runtime.kernel_state import read_kernel

@@ -11,7 +11,7 @@ from kmend.core.plan import Leaves, Plan, StackEntry, Verdict
 from kmend.core.progress import Silent
 from kmend.diff.declared import CallbackKind
 from kmend.elf.model import ElfFile
-from kmend.manager import Examined
+from kmend.examine import Examined
 from kmend.module.describe import Description, FuncRow, ObjectFuncs
 from kmend.plan import Planner
 from kmend.report import plan as rendering

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kmend.action import Choice, OnStall
 from kmend.cli import acting, main, status
 from kmend.cli.context import Context, Quiet
 from kmend.core.config import Config
@@ -33,7 +34,6 @@ from kmend.core.live import (
     printable,
 )
 from kmend.core.taint import decode
-from kmend.manager import Choice, OnStall
 from kmend.report import live
 from kmend.runtime import kernel_state
 from kmend.runtime.journal import Record

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from kmend import manager as module
+from kmend import action
+from kmend.action import Choice, Following, OnStall
 from kmend.core import kmsg
 from kmend.core.config import Config
 from kmend.core.errors import Failed, Unable, UsageError
-from kmend.core.live import End, Followed, Phase, Result
+from kmend.core.live import ActionReport, End, Followed, Phase, Result
 from kmend.core.progress import Silent
-from kmend.manager import Choice, Following, Manager, OnStall
-from kmend.runtime import act, journal, klog
+from kmend.manager import Manager
+from kmend.runtime import act, journal, klog, observe
 from kmend.runtime.follow import Patience
 from kmend.runtime.journal import Journal
 from kmend.runtime.place import Place
@@ -85,7 +86,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(act, "set_enabled", enabled)
     monkeypatch.setattr(act, "force", lambda _p, name, _m: made.done.append(f"{name} force"))
     monkeypatch.setattr(act, "remove", lambda _p, name, **_: made.done.append(f"rmmod {name}"))
-    monkeypatch.setattr(module, "Follower", Follower)
+    monkeypatch.setattr(action, "Follower", Follower)
     return made
 
 
@@ -183,7 +184,7 @@ def test_what_makes_no_sense_is_refused_by_name(
 ) -> None:
     machine.left()
     report = act_on(machine.manager())
-    assert isinstance(report, module.ActionReport)
+    assert isinstance(report, ActionReport)
     assert [row.rule for row in report.refused] == [rule]
     assert machine.done == []
 
@@ -293,34 +294,34 @@ def test_force_is_remembered_in_the_journal(machine: Machine) -> None:
     assert machine.manager().force("fix", confirmed=True).result is Result.DONE
     assert machine.done == ["fix force"]
     machine.patch(1, 0)
-    seen = module.observe(machine.place, machine.state)
+    seen = observe.observe(machine.place, machine.state)
     assert [row.forced for row in seen.patches] == [True]
 
 
 def test_a_killed_one_is_written_down_by_the_next(machine: Machine) -> None:
     machine.patch()
     manager = machine.manager()
-    interrupted = module.journal.who(machine.place, "kmend unload fix")
+    interrupted = journal.who(machine.place, "kmend unload fix")
     Journal(machine.state, "b").begin("unload", "fix", replace(interrupted, pid=1), "it is enabled", {})
-    assert [row.verb for row in module.observe(machine.place, machine.state).unfinished] == ["unload"]
+    assert [row.verb for row in observe.observe(machine.place, machine.state).unfinished] == ["unload"]
     machine.ends = [End.COMPLETE]
     manager.unload("fix", Following())
-    assert module.observe(machine.place, machine.state).unfinished == ()
+    assert observe.observe(machine.place, machine.state).unfinished == ()
     ends = [row for row in Journal(machine.state, "b").records() if row.event == "end"]
     assert [row.result for row in ends] == ["interrupted", "done"]
 
 
 def test_an_unload_that_was_killed_after_its_work_is_at_its_end(machine: Machine) -> None:
-    by = module.journal.who(machine.place, "kmend unload fix")
+    by = journal.who(machine.place, "kmend unload fix")
     Journal(machine.state, "b").begin("unload", "fix", by, "it is enabled", {})
     report = machine.manager().unload("fix", Following())
     assert (report.result, machine.done) == (Result.DONE, [])
-    assert module.observe(machine.place, machine.state).unfinished == ()
+    assert observe.observe(machine.place, machine.state).unfinished == ()
     with pytest.raises(UsageError):  # from then on it is as unknown as any other
         machine.manager().unload("fix", Following())
     Journal(machine.state, "b").begin("unload", "fix", by, "it is enabled", {})
     machine.manager().close_killed("unload --all")
-    assert module.observe(machine.place, machine.state).unfinished == ()
+    assert observe.observe(machine.place, machine.state).unfinished == ()
 
 
 def left_behind(machine: Machine, name: str, references: int) -> None:
@@ -358,7 +359,7 @@ def test_what_a_forced_transition_pins(
     machine.ends = [End.COMPLETE]
     assert machine.manager().force("fix", confirmed=True).result is Result.DONE
     left_behind(machine, *gone)
-    seen = module.observe(machine.place, machine.state)
+    seen = observe.observe(machine.place, machine.state)
     assert {row.name: row.pinned_by for row in seen.left} == pins
     machine.done.clear()
     report = machine.manager().unload(gone[0], Following())
@@ -374,7 +375,7 @@ def test_a_patch_that_is_loaded_afresh_was_not_forced(machine: Machine) -> None:
     machine.manager().force("fix", confirmed=True)
     by = journal.Who("root", "", 1, "kmend")
     Journal(machine.state, "b").begin("load", "fix", by, "", {}).end("done", "")
-    assert [row.forced for row in module.observe(machine.place, machine.state).patches] == [False]
+    assert [row.forced for row in observe.observe(machine.place, machine.state).patches] == [False]
 
 
 BACK = ("'fix': starting unpatching transition",)
@@ -404,7 +405,7 @@ def test_what_a_hand_forced_is_in_the_kernels_log(
         return tuple(row for row in rows if word.decode() in row.message.text)
 
     monkeypatch.setattr(klog, "read_all", read)
-    seen = module.observe(machine.place, machine.state)
+    seen = observe.observe(machine.place, machine.state)
     assert [row.forced for row in seen.patches] == forced
     assert [row.pinned_by for row in seen.left] == [pinned_by]
 
@@ -483,7 +484,7 @@ def test_waiting_on_is_waiting_without_an_end_also_at_a_terminal(machine: Machin
     machine.ends, machine.choices = [End.STALLED, End.COMPLETE], [Choice.WAIT]
     following = Following(on_stall=OnStall.ASK, patience=Patience(limit=0))
     report = machine.manager().unload("fix", following)
-    assert [row.seconds for row in report.followed] == [0, module.ASK_AGAIN]
+    assert [row.seconds for row in report.followed] == [0, action.ASK_AGAIN]
 
 
 def test_an_unknown_name(machine: Machine) -> None:
@@ -497,7 +498,7 @@ def test_an_unknown_name(machine: Machine) -> None:
 def test_what_changes_nothing_closes_what_a_killed_one_left_open(machine: Machine, verb: str) -> None:
     """Else `kmend status` would ask for the same command again for ever."""
     machine.patch()
-    by = module.journal.who(machine.place, "kmend")
+    by = journal.who(machine.place, "kmend")
     Journal(machine.state, "b").begin(verb, "fix", replace(by, pid=1), "it is enabled", {})
     manager = machine.manager()
     match verb:
@@ -507,7 +508,7 @@ def test_what_changes_nothing_closes_what_a_killed_one_left_open(machine: Machin
             assert manager.force("fix", confirmed=True).result is Result.REFUSED
         case _:
             assert manager.signal("fix").result is Result.REFUSED
-    assert module.observe(machine.place, machine.state).unfinished == ()
+    assert observe.observe(machine.place, machine.state).unfinished == ()
 
 
 def test_an_error_before_an_action_has_begun_is_in_the_journal_too(machine: Machine, tmp_path: Path) -> None:
@@ -579,8 +580,8 @@ def test_pinned_modules_are_the_last_to_be_unloaded(machine: Machine) -> None:
         write(machine.place.module(name) / "initstate", "live\n")
         write(machine.place.module(name) / "taint", "OEK\n")
         write(machine.place.module(name) / "refcnt", f"{references}\n")
-    by = module.journal.who(machine.place, "kmend")
-    action = Journal(machine.state, "b").begin("force", "fix", by, "", {})
-    action.step("forced", forced="patching", pins=["late"])
-    action.end("done", "")
+    by = journal.who(machine.place, "kmend")
+    forced = Journal(machine.state, "b").begin("force", "fix", by, "", {})
+    forced.step("forced", forced="patching", pins=["late"])
+    forced.end("done", "")
     assert machine.manager().loaded() == ("fix", "old", "late")

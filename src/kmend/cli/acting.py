@@ -14,11 +14,12 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from kmend.action import Ask, Choice, Following, OnStall
 from kmend.cli.context import Context
 from kmend.core.errors import KmendError, Refusal, Unable, UsageError
 from kmend.core.files import write_atomically
 from kmend.core.live import ActionReport, Occasion, Result, Transition
-from kmend.manager import Ask, Choice, Following, Manager, OnStall
+from kmend.manager import Manager
 from kmend.runtime import journal
 from kmend.runtime.follow import Patience
 from kmend.runtime.place import Place

@@ -6,12 +6,12 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 
+from kmend.action import Following
 from kmend.cli.acting import Recorder, manager, tell
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import ActionReport, printable
 from kmend.installer import Installer, tripped_words
-from kmend.manager import Following
 from kmend.runtime.persistence import Absent, Guard, Persistence, Store
 
 EPILOG = """\

@@ -1,0 +1,248 @@
+"""What is looked at before a module is loaded: its file, the running kernel, and each check's outcome.
+
+Joins the checks that need nothing but the live machine (:mod:`kmend.runtime.preflight`) with what the pure
+stages know of a module's file, and with the target in the cache if it is that of the kernel which runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmend.core.config import Config
+from kmend.core.errors import Failed, KmendError, Unable
+from kmend.core.live import Check, KernelState
+from kmend.core.progress import Progress
+from kmend.core.target import Release
+from kmend.runtime import act, preflight, refusals
+from kmend.runtime.observe import Seen, observe
+from kmend.runtime.patches import IDENTITY, identity
+from kmend.runtime.place import Place
+from kmend.runtime.preflight import ModuleFile, Wanted
+from kmend.runtime.symbols import SymbolTable
+
+if TYPE_CHECKING:
+    from kmend.elf.model import ElfFile
+    from kmend.module.describe import Description
+    from kmend.module.layout import Layout
+    from kmend.view import TargetView
+
+#: A module of this size is none.
+MOST = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a load would look at first: the file, the machine, and each check's outcome.
+
+    ``table`` is None when the kernel shows this user no symbols.
+    """
+
+    module: ModuleFile
+    description: Description
+    elf: ElfFile
+    seen: Seen
+    checks: tuple[Check, ...]
+    table: SymbolTable | None = None
+
+
+def examine(config: Config, progress: Progress, place: Place, path: str) -> Examined:
+    """Everything that :meth:`kmend.manager.Manager.load` would look at before it loads; nothing is changed.
+
+    Raises:
+        UsageError, Failed: the file cannot be read or is no livepatch module.
+        Unable: the running kernel has no livepatch support.
+    """
+    fd = act.open_module(path)
+    try:
+        data = contents(fd, path)
+    finally:
+        os.close(fd)
+    seen = observe(place, config.state, holding=True)
+    progress.step(f"checking {path}")
+    examiner = Examiner(config, progress, place, seen.kernel)
+    return examiner.examine(data, examiner.read(data, path), seen)
+
+
+class Examiner:
+    """Looks at modules for the kernel that runs.
+
+    ``view`` is that kernel's target in the cache; None where there is none, and ``problem`` says why.
+    ``layout`` is how the kernel lays its livepatch structures out, by the target or by its own BTF; None
+    where neither tells.
+    """
+
+    def __init__(self, config: Config, progress: Progress, place: Place, kernel: KernelState) -> None:
+        self.progress, self.place = progress, place
+        self.view, self.problem = _view(config, kernel)
+        self.layout = _layout(place, self.view)
+
+    def read(self, data: bytes, path: str) -> ModuleFile:
+        """As :func:`read_module_file`."""
+        return read_module_file(data, path, self.layout)
+
+    def examine(self, data: bytes, module: ModuleFile, seen: Seen) -> Examined:
+        """Hold a module against every check."""
+        from kmend.elf.reader import read
+        from kmend.module.describe import describe
+
+        elf = read(data, module.path)
+        try:
+            table: SymbolTable | None = SymbolTable(self.place)
+        except Unable:
+            table = None  # the checks say so
+        leftover = next((row for row in seen.left if row.name == module.name), None)
+        without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
+        checks = [
+            *preflight.look(self.place, module, without, table),
+            *self._rules(data, module.path),
+            *self._code(module, seen.kernel),
+        ]
+        if leftover is not None:
+            checks.append(refusals.leftover(leftover))
+        return Examined(module, describe(elf, self.layout, module.path), elf, seen, tuple(checks), table)
+
+    def _code(self, module: ModuleFile, kernel: KernelState) -> list[Check]:
+        """The functions to be replaced, as they run, against the image of the same build."""
+        from kmend import running
+
+        if module.wanted is None:
+            return [Check("running code", None, "which functions are replaced is not known")]
+        self.progress.step("comparing the running code with the kernel's image")
+        try:
+            image = (
+                running.boot_image(kernel.release, kernel.build_id) if self.view is None else self.view.image
+            )
+            code = running.RunningCode(
+                self.place, image, lambda name: running.module_file(kernel.release, name)
+            )
+            try:
+                return list(running.checks(code.compare(module.wanted)))
+            finally:
+                code.close()
+        except KmendError as error:
+            return [Check("running code", None, f"{error.what}: {error.why}")]
+
+    def _rules(self, data: bytes, path: str) -> list[Check]:
+        """`kmend check` against the target in the cache."""
+        if self.view is None:
+            return [Check("rules of kmend check", None, self.problem)]
+        try:
+            checked = self.view.check(data, path)
+        except (Failed, Unable) as error:  # the cache is damaged, or lacks what nothing here can make
+            return [Check("rules of kmend check", None, f"{error.what}: {error.why}")]
+        rows = [Check("rules of kmend check", False, row.what, row) for row in checked.refusals]
+        number = sum(checked.checked.values())
+        return rows or [Check("rules of kmend check", True, f"{number} things looked at, no objection")]
+
+
+def _view(config: Config, kernel: KernelState) -> tuple[TargetView | None, str]:
+    """The target of the very kernel that runs, when it is in the cache; else why there is none."""
+    from kmend.kernel.prepared import open_target
+    from kmend.view import TargetView
+
+    try:
+        target = open_target(config, Release(kernel.release))
+        if target.build_id != kernel.build_id:
+            return None, f"{target.release} in the cache is another build than the one that runs"
+        view = TargetView(config, target)
+        view.layout  # noqa: B018 - a cache that cannot tell it is of no use here
+    except KmendError as error:
+        return None, f"{error.what}: {error.why}" if error.why else error.what
+    return view, ""
+
+
+def _layout(place: Place, view: TargetView | None) -> Layout | None:
+    """How the kernel lays its livepatch structures out: by the target, else by its own BTF."""
+    from kmend import running
+
+    if view is not None:
+        return view.layout
+    try:
+        return running.layout(place)
+    except KmendError:
+        return None
+
+
+def contents(fd: int, path: str) -> bytes:
+    """
+    Raises:
+        Failed: (rule ``unreadable``) the file cannot be read.
+    """
+    data = b""
+    try:
+        while len(data) <= MOST and (chunk := os.pread(fd, 1 << 22, len(data))):
+            data += chunk
+        if len(data) > MOST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    except OSError as error:
+        raise Failed(
+            f"{path} cannot be read",
+            why=error.strerror or str(error),
+            next_step="name a livepatch module (.ko)",
+            rule="unreadable",
+        ) from error
+    return data
+
+
+def read_module_file(data: bytes, path: str, layout: Layout | None) -> ModuleFile:
+    """What a module's file says of itself; without ``layout`` its functions are those of its build report.
+
+    Raises:
+        UsageError: it is no livepatch module.
+    """
+    from kmend.elf.reader import read
+    from kmend.module.describe import describe
+
+    elf = read(data, path)
+    found = describe(elf, layout, path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    wanted = _wanted(found)
+    if wanted is None:
+        wanted = _reported(path, sha256)
+    note = found.note or {}
+    info = dict(found.info)
+    return ModuleFile(
+        path=path,
+        name=(found.name or Path(path).name.partition(".")[0]).replace("-", "_"),
+        vermagic=found.vermagic,
+        build_id=str(note.get("build_id") or info.get("kmend_build_id") or ""),
+        depends=tuple(word.replace("-", "_") for word in info.get("depends", "").split(",") if word),
+        signed=data.endswith(preflight.SIGNED),
+        identity=_identity(elf),
+        sha256=sha256,
+        wanted=wanted,
+        replace=found.replace,
+        note=note,
+    )
+
+
+def _identity(elf: ElfFile) -> str:
+    return identity({name: section.data for name in IDENTITY if (section := elf.section(name)) is not None})
+
+
+def _wanted(found: Description) -> tuple[Wanted, ...] | None:
+    if found.objects is None:
+        return None
+    return tuple(Wanted(o.name, f.old_name, f.sympos) for o in found.objects for f in o.funcs)
+
+
+def _reported(path: str, sha256: str) -> tuple[Wanted, ...] | None:
+    """The functions that the build report beside the module names, if it is the report of this very file."""
+    try:
+        report = json.loads(Path(path).with_suffix(".json").read_bytes())
+        if report["sha256"] != sha256:
+            return None
+        return tuple(
+            Wanted(str(o["name"]), str(f["name"]), int(f["sympos"]))
+            for o in report["objects"]
+            for f in o["functions"]
+            if f["status"] == "changed"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
