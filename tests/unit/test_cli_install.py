@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 from test_persistence import RELEASE, module
 
-from kmend import installer
+from kmend import boot as booting
+from kmend import candidate as candidates
+from kmend import installer, storing
 from kmend.action import Following
+from kmend.boot import Boot
+from kmend.candidate import LASTING, Candidate, look
 from kmend.cli import install as cli_install
 from kmend.cli import main
 from kmend.cli.install import boot_document, boot_text
@@ -24,7 +28,7 @@ from kmend.core.config import Config
 from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
 from kmend.core.live import ActionReport, Check, Result
 from kmend.core.progress import Silent
-from kmend.installer import UNIT, Installer, _Candidate
+from kmend.installer import UNIT, Installer
 from kmend.manager import Manager
 from kmend.runtime import act, journal, persistence
 from kmend.runtime.journal import Action, Journal, Record, acting, who
@@ -37,7 +41,8 @@ from kmend.runtime.preflight import ModuleFile
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
     """A machine with an empty state folder, on which nothing is loaded and systemd is not there."""
-    monkeypatch.setattr(installer, "require_root", lambda _verb: None)
+    for one in (installer, booting):
+        monkeypatch.setattr(one, "require_root", lambda _verb: None)
     place = Place(tmp_path / "sys", tmp_path / "proc", tmp_path / "dev", tmp_path / "run")
     for name, text in (
         ("proc/cmdline", "quiet"),
@@ -52,9 +57,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
     place.run.mkdir()
     place.livepatch.mkdir(parents=True)
     config = Config(tmp_path / "cache", tmp_path / "state", 1, "")
-    return Installer(
-        config, Silent(), place=place, off_file=tmp_path / "off", unit_folders=[tmp_path / "units"]
-    )
+    boot = Boot(config, Silent(), place=place, off_file=tmp_path / "off")
+    return Installer(config, Silent(), place=place, boot=boot, unit_folders=[tmp_path / "units"])
 
 
 def stored(machine: Installer, *names: str) -> Store:
@@ -130,24 +134,24 @@ def test_uninstall_takes_out_what_is_named_or_nothing(machine: Installer) -> Non
 
 def test_healthy_takes_away_this_boots_mark_alone(machine: Installer) -> None:
     store = stored(machine, "a")
-    assert machine.healthy().result is Result.DONE  # nothing waits for it
+    assert machine.boot.healthy().result is Result.DONE  # nothing waits for it
     persistence.arm(store, "former-boot", 4096)
-    assert "nothing changes" in machine.healthy().why
+    assert "nothing changes" in machine.boot.healthy().why
     assert persistence.read_attempt(machine.config.state, RELEASE) is not None
     persistence.arm(store, "this-boot", 4096)
     (machine.place.proc / "sys/kernel/tainted").write_text(f"{4096 | 128}\n")  # an oops since
-    report = machine.healthy()
+    report = machine.boot.healthy()
     assert (report.result, report.refused[0].rule) == (Result.REFUSED, "boot-unhealthy")
     assert persistence.read_attempt(machine.config.state, RELEASE) is not None
     (machine.place.proc / "sys/kernel/tainted").write_text(f"{4096 | 512}\n")  # a warning is no death
-    assert machine.healthy().result is Result.DONE
+    assert machine.boot.healthy().result is Result.DONE
     assert persistence.read_attempt(machine.config.state, RELEASE) is None
 
 
 def test_an_oops_from_before_the_patches_does_not_count(machine: Installer) -> None:
     persistence.arm(stored(machine, "a"), "this-boot", 128)
     (machine.place.proc / "sys/kernel/tainted").write_text("128\n")
-    assert machine.healthy().result is Result.DONE
+    assert machine.boot.healthy().result is Result.DONE
 
 
 def test_a_load_that_was_killed_or_goes_on_is_not_taken_for_done(machine: Installer) -> None:
@@ -167,7 +171,7 @@ def test_a_load_that_was_killed_or_goes_on_is_not_taken_for_done(machine: Instal
         (folder / "enabled").write_text("1\n")
         (folder / "transition").write_text("0\n")
         book.begin("load", name, by, "", {}).end(result, "")
-    here = machine._here(read_kernel(machine.place))
+    here = machine.boot._here(read_kernel(machine.place))
     assert {name: row.settled for name, row in here.items()} == {
         "moving": False,
         "killed": False,
@@ -189,11 +193,11 @@ def test_what_comes_after_it_already_keeps_an_installed_patch_from_being_loaded(
     folder.mkdir()
     (folder / "enabled").write_text("1\n")
     (folder / "transition").write_text("0\n")
-    (report,) = machine.load_all(Following())
+    (report,) = machine.boot.load_all(Following())
     assert [row.rule for row in report.refused] == ["out-of-order"]
     assert "b" in report.next_step
     (folder / "replace").write_text("1\n")
-    reports = machine.load_all(Following())
+    reports = machine.boot.load_all(Following())
     assert [(row.patch, row.result, row.why) for row in reports] == [
         ("a", Result.DONE, "a is not loaded: b, which comes later, is cumulative"),
         ("b", Result.DONE, "b is in force already"),
@@ -201,22 +205,22 @@ def test_what_comes_after_it_already_keeps_an_installed_patch_from_being_loaded(
 
 
 def test_status_says_how_loading_at_boot_stands(machine: Installer) -> None:
-    assert list(boot_text(machine.look())) == []
+    assert list(boot_text(machine.boot.look())) == []
     store = stored(machine, "a", "b")
     for name in "ab":
         (machine.place.livepatch / name).mkdir()
-    assert list(boot_text(machine.look())) == ["loaded at boot: a, b"]
+    assert list(boot_text(machine.boot.look())) == ["loaded at boot: a, b"]
     persistence.arm(store, "former-boot", 0)
-    machine.off_file.write_text("")
-    text = "\n".join(boot_text(machine.look()))
-    assert f"switched off by the file {machine.off_file}" in text
+    machine.boot.off_file.write_text("")
+    text = "\n".join(boot_text(machine.boot.look()))
+    assert f"switched off by the file {machine.boot.off_file}" in text
     assert "LEFT OFF: the boot of " in text
     assert "began to load a, b and was never found to be healthy" in text
-    document = boot_document(machine.look())
+    document = boot_document(machine.boot.look())
     assert document is not None
     assert (document["guard"], document["trouble"]) == ("tripped", None)
     (store.folder / "index.json").write_text("{")
-    assert "is damaged" in "\n".join(boot_text(machine.look()))
+    assert "is damaged" in "\n".join(boot_text(machine.boot.look()))
     with pytest.raises(Refused):
         machine.stores()
 
@@ -263,19 +267,19 @@ def another(place: Place, seconds: float, then: Path | None = None, text: str = 
 def test_healthy_waits_for_who_acts_and_says_so(machine: Installer) -> None:
     """Its timer comes once in a boot: had it given up, the next boot would load nothing."""
     persistence.arm(stored(machine, "a"), "this-boot", 0)
-    machine.progress = told = Told()
+    machine.boot.progress = told = Told()
     with another(machine.place, 1.0):
-        assert machine.healthy().result is Result.DONE
+        assert machine.boot.healthy().result is Result.DONE
     assert told.steps == ["waiting for the kmend that acts on this kernel now"]
     assert persistence.read_attempt(machine.config.state, RELEASE) is None
-    assert installer.HEALTHY_LIMIT == 600
+    assert booting.HEALTHY_LIMIT == 600
 
 
 def test_healthy_gives_up_in_the_end(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
     persistence.arm(stored(machine, "a"), "this-boot", 0)
-    monkeypatch.setattr(installer, "HEALTHY_LIMIT", 0.1)
+    monkeypatch.setattr(booting, "HEALTHY_LIMIT", 0.1)
     with another(machine.place, 1.0), pytest.raises(Refused) as error:
-        machine.healthy()
+        machine.boot.healthy()
     assert error.value.rule == "busy"
     assert [row.detail["rules"] for row in lines(machine, "--all")] == [["busy"]]
 
@@ -285,7 +289,7 @@ def test_an_oops_while_healthy_waits_counts(machine: Installer) -> None:
     tainted = machine.place.proc / "sys/kernel/tainted"
     tainted.write_text("0\n")
     with another(machine.place, 0.5, tainted, "128\n"):
-        report = machine.healthy()
+        report = machine.boot.healthy()
     assert [row.rule for row in report.refused] == ["boot-unhealthy"]
     assert persistence.read_attempt(machine.config.state, RELEASE) is not None
     assert [row.detail["rules"] for row in lines(machine, "a")] == [["boot-unhealthy"]]
@@ -304,7 +308,7 @@ def test_who_is_not_root_is_told_before_anything_is_done(
     called: list[object] = []
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(installer, "run", lambda *what, **_: called.append(what))
-    monkeypatch.setattr(installer.journal, "acting", lambda *what, **_: called.append(what))
+    monkeypatch.setattr(journal, "acting", lambda *what, **_: called.append(what))
     monkeypatch.setenv("KMEND_STATE", str(tmp_path / "state"))
     status, found = answer(capsys, *words)
     assert (status, found["refused"][0]["rule"]) == (3, "not-root")
@@ -313,11 +317,11 @@ def test_who_is_not_root_is_told_before_anything_is_done(
     assert not (tmp_path / "state").exists()
 
 
-def candidate(name: str, *refused: str, release: str = RELEASE) -> _Candidate:
+def candidate(name: str, *refused: str, release: str = RELEASE) -> Candidate:
     """A module that has been looked at."""
     row, data, _ = module(name)
     checks = tuple(
-        installer.Check("x", False, rule, Refusal(rule, f"{name} is bad", "why", "next")) for rule in refused
+        Check("x", False, rule, Refusal(rule, f"{name} is bad", "why", "next")) for rule in refused
     )
     file = ModuleFile(
         path=f"{name}.ko",
@@ -331,7 +335,12 @@ def candidate(name: str, *refused: str, release: str = RELEASE) -> _Candidate:
         wanted=None,
         replace=False,
     )
-    return _Candidate(f"{name}.ko", data, file, b"", checks, ())
+    return Candidate(f"{name}.ko", data, file, b"", checks, ())
+
+
+def looking(monkeypatch: pytest.MonkeyPatch, find: Callable[[str], Candidate]) -> None:
+    """What is found when a module is looked at."""
+    monkeypatch.setattr(candidates, "look", lambda _config, _place, path, _kernel: find(path))
 
 
 @pytest.fixture
@@ -345,12 +354,12 @@ def enabling(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> list[object
         status = 0
 
     def run(words: list[str], **_: object) -> Done:
-        called.append((words[1], installer.journal.is_free(machine.place)))
+        called.append((words[1], journal.is_free(machine.place)))
         return Done()
 
     monkeypatch.setattr(installer, "run", run)
     monkeypatch.setattr(installer.shutil, "which", lambda _name: "/bin/systemctl")
-    monkeypatch.setattr(machine, "_candidate", lambda path, _kernel: candidate(path))
+    looking(monkeypatch, candidate)
     return called
 
 
@@ -406,24 +415,36 @@ def test_install_refuses_a_store_that_the_boot_would_refuse(
         machine.install(["b"])
 
 
+def test_install_says_what_would_keep_the_patch_from_being_loaded(
+    machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the running kernel; how another one boots is not known here."""
+    persistence.arm(stored(machine, "a"), "former-boot", 0)
+    machine.boot.off_file.write_text("")
+    looking(monkeypatch, lambda path: candidate(path, release=OTHER if path == "far" else RELEASE))
+    near, far = machine.install(["near", "far"])
+    assert [row.rule for row in near.warnings] == ["crash-guard", "switched-off"]
+    assert far.warnings == ()
+
+
 # -- what was refused leaves its trace ---------------------------------------------------------------
 
 
-def lines(machine: Installer, name: str) -> list[Record]:
+def lines(machine: Installer | Boot, name: str) -> list[Record]:
     """What the journal says of a patch."""
     return [row for row in Journal(machine.config.state, "").records() if row.patch == name]
 
 
 @pytest.fixture
-def boot(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> Installer:
+def boot(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> Boot:
     """The machine boots: what is installed is about to be loaded; `a` of `a`, `b` is damaged."""
     monkeypatch.setattr(act, "require_power", lambda *_: None)
     store = stored(machine, "a", "b")
     (store.folder / store.patches[0].file).write_bytes(b"other")
-    return machine
+    return machine.boot
 
 
-def test_a_patch_that_the_boot_refuses_is_in_the_journal_and_in_the_status(boot: Installer) -> None:
+def test_a_patch_that_the_boot_refuses_is_in_the_journal_and_in_the_status(boot: Boot) -> None:
     found = boot.load_all(Following(), boot=True)
     assert [row.result for row in found] == [Result.REFUSED]
     (row,) = lines(boot, "a")
@@ -448,7 +469,7 @@ def test_a_patch_that_the_boot_refuses_is_in_the_journal_and_in_the_status(boot:
     assert rows[0]["time"] == row.time
 
 
-def test_a_store_that_the_boot_refuses_tells_of_each_patch(boot: Installer) -> None:
+def test_a_store_that_the_boot_refuses_tells_of_each_patch(boot: Boot) -> None:
     boot.config.state.chmod(0o777)
     with pytest.raises(Refused):
         boot.load_all(Following(), boot=True)
@@ -462,11 +483,11 @@ def test_a_store_that_the_boot_refuses_tells_of_each_patch(boot: Installer) -> N
     assert line.endswith("(store-damaged)")
 
 
-def test_a_damaged_index_is_in_the_journal(boot: Installer) -> None:
+def test_a_damaged_index_is_in_the_journal(machine: Installer, boot: Boot) -> None:
     (boot.config.state / RELEASE / "index.json").write_text("{")
     with pytest.raises(Refused):
         boot.load_all(Following(), boot=True)
-    for refused in (boot.healthy, lambda: boot.uninstall(["a"])):
+    for refused in (boot.healthy, lambda: machine.uninstall(["a"])):
         with pytest.raises(Refused):
             refused()
     found = [(row.verb, row.event, row.detail["rules"]) for row in lines(boot, "--all")]
@@ -474,7 +495,7 @@ def test_a_damaged_index_is_in_the_journal(boot: Installer) -> None:
     assert [row.verb for row in lines(boot, "a")] == ["uninstall"]
 
 
-def test_what_comes_too_late_is_in_the_journal(boot: Installer) -> None:
+def test_what_comes_too_late_is_in_the_journal(boot: Boot) -> None:
     folder = boot.place.livepatch / "b"
     folder.mkdir()
     (folder / "enabled").write_text("1\n")
@@ -483,9 +504,7 @@ def test_what_comes_too_late_is_in_the_journal(boot: Installer) -> None:
     assert [row.detail["rules"] for row in lines(boot, "a")] == [["out-of-order"]]
 
 
-def test_a_mark_that_cannot_be_made_is_in_the_journal(
-    boot: Installer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mark_that_cannot_be_made_is_in_the_journal(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise Failed("it cannot be written", why="the disk is full", rule="unwritable")
 
@@ -503,7 +522,7 @@ def test_what_is_not_installed_is_in_the_journal(machine: Installer, monkeypatch
         ("uninstall", ["not-installed"])
     ]
     rows = {"good": candidate("good"), "bad": candidate("bad", "one", "two")}
-    monkeypatch.setattr(machine, "_candidate", lambda path, _kernel: rows[path])
+    looking(monkeypatch, rows.__getitem__)
     assert {row.result for row in machine.install(["good", "bad"])} == {Result.REFUSED}
     assert [row.detail["rules"] for row in lines(machine, "bad")] == [["one", "two"]]
     assert [row.text for row in lines(machine, "good")] == ["good was not installed, because bad was refused"]
@@ -513,7 +532,7 @@ def test_status_says_why_a_patch_is_not_in_force(machine: Installer) -> None:
     store = stored(machine, "a")
 
     def said() -> str:
-        (line,) = list(boot_text(machine.look()))[1:]
+        (line,) = list(boot_text(machine.boot.look()))[1:]
         return line.removeprefix("  a: ")
 
     book, by = Journal(machine.config.state, "this-boot"), who(machine.place, "")
@@ -538,16 +557,16 @@ def test_status_says_why_a_patch_is_not_in_force(machine: Installer) -> None:
     assert said() == "NOT LOADED: a is taken back\\x1b and unloaded"
 
     def absent() -> list[str]:
-        found = machine.look()
+        found = machine.boot.look()
         assert found is not None
         return [row.name for row in found.absent]
 
     # switched off, it is not to be in force; what was tried all the same is told
-    machine.off_file.write_text("")
-    assert len(list(boot_text(machine.look()))) == 3
+    machine.boot.off_file.write_text("")
+    assert len(list(boot_text(machine.boot.look()))) == 3
     stored(machine, "b")
     assert absent() == []
-    machine.off_file.unlink()
+    machine.boot.off_file.unlink()
     assert absent() == ["b"]
     (machine.place.livepatch / "b").mkdir()
     assert absent() == []
@@ -563,12 +582,12 @@ def test_what_a_cumulative_patch_has_replaced_is_not_missed(machine: Installer) 
     persistence.add(empty, [module("a"), module("b", replaces=None), module("c")])
     folder = machine.place.livepatch / "b"
     folder.mkdir()
-    found = machine.look()
+    found = machine.boot.look()
     assert found is not None
     assert [row.name for row in found.absent] == ["a", "c"]
     (folder / "replace").write_text("1\n")
     for _ in range(2):
-        found = machine.look()
+        found = machine.boot.look()
         assert found is not None
         assert [row.name for row in found.absent] == ["c"]
         (folder / "replace").unlink(missing_ok=True)
@@ -581,9 +600,9 @@ def test_what_was_refused_is_not_told_as_loaded_before_a_crash(machine: Installe
     book, by = Journal(machine.config.state, "former-boot"), who(machine.place, "")
     book.begin("load", "a", by, "", {}).end("done", "")
     book.refused("load", "b", by, "no", ())
-    found = machine.look()
+    found = machine.boot.look()
     assert found is not None
-    assert machine._last_words(found) == "it had loaded a"
+    assert machine.boot._last_words(found) == "it had loaded a"
 
 
 # -- the question at a stall -------------------------------------------------------------------------
@@ -594,11 +613,11 @@ def test_load_all_can_ask(
 ) -> None:
     asks: list[object] = []
 
-    def load_all(self: Installer, how: Following, **_: object) -> tuple[ActionReport, ...]:
+    def load_all(self: Boot, how: Following, **_: object) -> tuple[ActionReport, ...]:
         asks.append((how.on_stall.value, self.manager.ask is not None))
         return ()
 
-    monkeypatch.setattr(Installer, "load_all", load_all)
+    monkeypatch.setattr(Boot, "load_all", load_all)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setenv("KMEND_STATE", str(tmp_path / "state"))
     assert main(["load", "--all", "--on-stall", "ask"]) == 0
@@ -615,10 +634,10 @@ def test_what_is_left_as_it_is_ends_the_loading(machine: Installer, monkeypatch:
         return ActionReport("load", tried[-1], Result.PENDING, "its transition goes on")
 
     monkeypatch.setattr(Manager, "load", load)
-    monkeypatch.setattr(installer, "read_module_file", lambda *_: candidate("x").module)
-    machine.load_all(Following())
+    monkeypatch.setattr(booting, "read_module_file", lambda *_: candidate("x").module)
+    machine.boot.load_all(Following())
     assert tried == ["a"]
-    machine.load_all(Following(wait=False))
+    machine.boot.load_all(Following(wait=False))
     assert tried == ["a", "a", "b"]
 
 
@@ -710,7 +729,7 @@ def test_whoever_has_nothing_to_do_closes_what_was_killed(
     machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed_before(machine, "healthy", "a")
-    assert machine.healthy().why == "no patch waits for this boot to be healthy"
+    assert machine.boot.healthy().why == "no patch waits for this boot to be healthy"
     assert unfinished(machine) == []
     assert [row.result for row in lines(machine, "a")] == ["", "interrupted"]
     for ask in (machine.uninstall, machine.chosen):
@@ -718,7 +737,7 @@ def test_whoever_has_nothing_to_do_closes_what_was_killed(
         with pytest.raises(UsageError, match="x is not installed"):
             ask(["x"])
         assert unfinished(machine) == []
-    monkeypatch.setattr(machine, "_candidate", lambda path, _kernel: candidate(path, "bad"))
+    looking(monkeypatch, lambda path: candidate(path, "bad"))
     killed_before(machine, "install", "a")
     assert machine.install(["a"])[0].result is Result.REFUSED
     assert unfinished(machine) == []
@@ -730,12 +749,12 @@ def test_healthy_closes_what_was_killed_whatever_it_answers(machine: Installer) 
         persistence.arm(store, boot, 0)
         (machine.place.proc / "sys/kernel/tainted").write_text("128\n")
         killed_before(machine)
-        assert machine.healthy().result is result
+        assert machine.boot.healthy().result is result
         assert unfinished(machine) == []
     killed_before(machine)
     (store.folder / "index.json").write_text("{")
     with pytest.raises(Refused):
-        machine.healthy()
+        machine.boot.healthy()
     assert unfinished(machine) == []
 
 
@@ -744,7 +763,7 @@ def test_what_goes_on_is_not_taken_for_killed(machine: Installer) -> None:
     killed_before(machine)
     with another(machine.place, 1.5):
         began = time.monotonic()
-        machine.healthy()
+        machine.boot.healthy()
         assert time.monotonic() - began < 1
         with pytest.raises(Refused):
             machine.uninstall(["x"])
@@ -761,7 +780,7 @@ def test_load_all_with_nothing_to_do_closes_its_own(
     (folder / "enabled").write_text("1\n")
     (folder / "transition").write_text("0\n")
     killed_before(machine, "load", "--all")
-    assert [row.result for row in machine.load_all(Following())] == [Result.DONE]
+    assert [row.result for row in machine.boot.load_all(Following())] == [Result.DONE]
     assert unfinished(machine) == []
 
 
@@ -807,9 +826,9 @@ def test_who_changes_the_store_is_in_the_journal_before(
             case "uninstall":
                 return machine.uninstall(["a", "b"])
             case "load":
-                return machine.load_all(Following(), retry=True)
+                return machine.boot.load_all(Following(), retry=True)
             case _:
-                return machine.healthy()
+                return machine.boot.healthy()
 
     killed = killing(what, after=after)
     with pytest.raises(Cut):
@@ -858,7 +877,7 @@ def test_uninstall_may_be_killed_between_two_ends(machine: Installer) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Action, "end", end)
-        patched.setattr(installer._Acting, "broken", lambda *_: None)
+        patched.setattr(storing.Begun, "broken", lambda *_: None)
         with pytest.raises(Cut):
             machine.uninstall(["a", "b"])
     assert unfinished(machine) == [("uninstall", "b")]
@@ -909,11 +928,11 @@ def test_what_was_killed_in_the_store_says_nothing_about_the_kernel(machine: Ins
     for verb in ("install", "uninstall", "healthy"):
         book.begin(verb, "a", by, "", {"release": RELEASE})
     assert journal.resumable(book.records(), "this-boot") == ()
-    assert machine._here(read_kernel(machine.place))["a"].settled
+    assert machine.boot._here(read_kernel(machine.place))["a"].settled
     book.begin("load", "a", by, "", {}).end("interrupted", "")
     book.begin("install", "a", by, "", {"release": RELEASE}).end("done", "")
     assert [row.verb for row in journal.resumable(book.records(), "this-boot")] == ["load"]
-    assert not machine._here(read_kernel(machine.place))["a"].settled
+    assert not machine.boot._here(read_kernel(machine.place))["a"].settled
 
 
 # -- in a chroot -------------------------------------------------------------------------------------
@@ -924,8 +943,8 @@ def test_without_sys_what_the_kernel_allows_is_not_checked(
 ) -> None:
     (tmp_path / "a.ko").write_bytes(b"a")
     file = candidate("a").module
-    monkeypatch.setattr(installer, "read_module_file", lambda *_: file)
-    monkeypatch.setattr(machine, "_candidate", Installer._candidate.__get__(machine))
+    monkeypatch.setattr(candidates, "read_module_file", lambda *_: file)
+    monkeypatch.setattr(candidates, "look", look)
     shutil.rmtree(machine.place.sys / "kernel/livepatch")
     with pytest.raises(Unable) as error:  # such a kernel would refuse it at boot, too
         machine.install([str(tmp_path / "a.ko")])
@@ -934,9 +953,9 @@ def test_without_sys_what_the_kernel_allows_is_not_checked(
     for _ in range(2):
         (report,) = machine.install([str(tmp_path / "a.ko")])
         assert report.result is Result.DONE
-        rows = [row for row in report.checks if row.name in installer.LASTING]
+        rows = [row for row in report.checks if row.name in LASTING]
         why = f"{machine.place.sys} is not mounted"
-        assert rows == [Check(name, None, why) for name in installer.LASTING]
+        assert rows == [Check(name, None, why) for name in LASTING]
         machine.place.sys.mkdir(exist_ok=True)
     assert [row.name for store in machine.stores() for row in store.patches] == ["a"]
 
@@ -950,7 +969,7 @@ OTHER = "6.1.0-54-amd64"
 def both(machine: Installer, enabling: list[object], monkeypatch: pytest.MonkeyPatch) -> Installer:
     """`one` is for the running kernel, `two` and `three` for another; `old` is installed for both."""
     rows = {"one": RELEASE, "two": OTHER, "three": OTHER}
-    monkeypatch.setattr(machine, "_candidate", lambda path, _kernel: candidate(path, release=rows[path]))
+    looking(monkeypatch, lambda path: candidate(path, release=rows[path]))
     for release in (RELEASE, OTHER):
         empty = Store(persistence.release_of(release), machine.config.state / release, ())
         persistence.add(empty, [module("old")])

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kmend.action import Following
+from kmend.boot import Boot, tripped_words
 from kmend.cli.acting import Recorder, manager, tell
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import ActionReport, printable
-from kmend.installer import Installer, tripped_words
+from kmend.installer import Installer
 from kmend.runtime.persistence import Absent, Guard, Persistence, Store
 
 EPILOG = """\
@@ -53,14 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Exit status 0: it is as asked for, and on the disk; 1: refused or failed, the reports say of each patch
     what has become of it; 2: one is not installed; 3: not root."""
-    installer = Installer(context.config, context.progress)
     match args.verb:
         case "install":
-            return install(args, installer, context)
+            return install(args, Installer(context.config, context.progress), context)
         case "uninstall":
-            return uninstall(args, installer, context)
+            return uninstall(args, Installer(context.config, context.progress), context)
         case _:
-            return tell("healthy", [installer.healthy()], context)
+            return tell("healthy", [Boot(context.config, context.progress).healthy()], context)
 
 
 def install(args: argparse.Namespace, installer: Installer, context: Context) -> int:
@@ -118,10 +118,10 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
 
 def load_all(args: argparse.Namespace, how: Following, context: Context) -> int:
     """``kmend load --all``."""
-    installer = Installer(context.config, context.progress, manager=manager(context))
+    machine = Boot(context.config, context.progress, manager=manager(context))
     recorder = Recorder("load", args.report, context)
     with recorder.watching("--all"):
-        reports: Sequence[ActionReport] = installer.load_all(how, boot=args.boot, retry=args.retry)
+        reports: Sequence[ActionReport] = machine.load_all(how, boot=args.boot, retry=args.retry)
     status = tell("load", recorder.write(reports), context)
     if not reports:
         context.say("nothing is installed for the running kernel")
