@@ -24,6 +24,7 @@ from kmend.candidate import LASTING, Candidate, look
 from kmend.cli import install as cli_install
 from kmend.cli import main
 from kmend.cli.install import boot_document, boot_text
+from kmend.cli.status import unfinished_text
 from kmend.core.config import Config
 from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
 from kmend.core.live import ActionReport, Check, Result
@@ -33,6 +34,7 @@ from kmend.manager import Manager
 from kmend.runtime import act, journal, persistence
 from kmend.runtime.journal import Action, Journal, Record, acting, who
 from kmend.runtime.kernel_state import read_kernel
+from kmend.runtime.observe import Seen
 from kmend.runtime.persistence import Store
 from kmend.runtime.place import Place
 from kmend.runtime.preflight import ModuleFile
@@ -933,6 +935,46 @@ def test_what_was_killed_in_the_store_says_nothing_about_the_kernel(machine: Ins
     book.begin("install", "a", by, "", {"release": RELEASE}).end("done", "")
     assert [row.verb for row in journal.resumable(book.records(), "this-boot")] == ["load"]
     assert not machine.boot._here(read_kernel(machine.place))["a"].settled
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "release", "command", "told"),
+    [
+        (
+            "install",
+            "a",
+            RELEASE,
+            "install",
+            f"`kmend install --list` shows whether a is installed for {RELEASE}",
+        ),
+        ("uninstall", "a", RELEASE, "uninstall a", f"shows whether a is installed for {RELEASE}"),
+        ("uninstall", "a", "6.1.0-54-amd64", "uninstall a --kernel 6.1.0-54-amd64", "for 6.1.0-54-amd64"),
+        ("healthy", "a", RELEASE, "healthy", "the next boot may leave a off"),
+        ("load", "--all", RELEASE, "load --all --retry", "the next boot may leave the installed patches off"),
+    ],
+)
+def test_status_says_how_to_go_on_with_what_was_killed_in_the_store(
+    machine: Installer, verb: str, name: str, release: str, command: str, told: str
+) -> None:
+    """What is in the kernel is no matter then, and `kmend unload` would finish nothing."""
+    book = Journal(machine.config.state, "this-boot")
+    book.begin(verb, name, who(machine.place, ""), "", {"release": release} if verb != "load" else {})
+    (row,) = book.records()
+    text = unfinished_text(row, Seen(read_kernel(machine.place), (), (), None, (row,), False))
+    assert text.startswith(f"an action did not end: `kmend {command}` of ")
+    assert text.endswith(f"{told}. Run it again to finish it")
+    assert "unload" not in text
+
+
+def test_status_says_what_has_become_of_a_patch_whose_action_was_killed(machine: Installer) -> None:
+    book = Journal(machine.config.state, "this-boot")
+    book.begin("load", "a", who(machine.place, ""), "", {})
+    (row,) = book.records()
+    text = unfinished_text(row, Seen(read_kernel(machine.place), (), (), None, (row,), False))
+    assert text == (
+        f"an action did not end: `kmend load a` of {row.user} (process {row.pid}) was killed; a: it is not "
+        "loaded now. Run it again to finish it, or `kmend unload a`"
+    )
 
 
 # -- in a chroot -------------------------------------------------------------------------------------

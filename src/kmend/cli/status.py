@@ -162,12 +162,26 @@ def leftover(patch: LivePatch) -> str:
 
 def unfinished_text(row: Record, seen: Seen) -> str:
     """What a killed kmend was about to do, and what has become of it."""
-    patch = seen.named(row.patch)
-    state = "it is not loaded" if patch is None else f"it is {patch.phase.value}"
-    return (
-        f"an action did not end: `kmend {row.verb} {row.patch}` of {row.user} (process {row.pid}) was "
-        f"killed; {row.patch}: {state} now. Run it again to finish it, or `kmend unload {row.patch}`"
-    )
+    release = row.detail.get("release", seen.kernel.release)
+    stored = f"`kmend install --list` shows whether {row.patch} is installed for {release}"
+    again = "Run it again to finish it"
+    match row.verb:
+        case "install":  # the journal has the patch's name, not its file's
+            command, now = "install", stored
+        case "uninstall":
+            other = "" if release == seen.kernel.release else f" --kernel {release}"
+            command, now = f"uninstall {row.patch}{other}", stored
+        case "healthy":
+            command, now = "healthy", f"the next boot may leave {row.patch} off"
+        case "load" if row.patch == persistence.ALL:  # after the last patch: a former boot's mark goes
+            command, now = "load --all --retry", "the next boot may leave the installed patches off"
+        case _:
+            patch = seen.named(row.patch)
+            state = "it is not loaded" if patch is None else f"it is {patch.phase.value}"
+            command, now = f"{row.verb} {row.patch}", f"{row.patch}: {state} now"
+            again += f", or `kmend unload {row.patch}`"
+    who = f"{row.user} (process {row.pid})"
+    return f"an action did not end: `kmend {command}` of {who} was killed; {now}. {again}"
 
 
 def waiting(seen: Seen, began: dict[int, float]) -> Iterator[str]:
