@@ -326,12 +326,12 @@ def test_an_unload_that_was_killed_after_its_work_is_at_its_end(machine: Machine
 
 def left_behind(machine: Machine, name: str, references: int) -> None:
     """Its folder is gone, its module is there."""
-    for file in (machine.place.livepatch / name).glob("*"):
-        file.unlink()
-    (machine.place.livepatch / name).rmdir()
     write(machine.place.module(name) / "initstate", "live\n")
     write(machine.place.module(name) / "taint", "OEK\n")
     write(machine.place.module(name) / "refcnt", f"{references}\n")
+    for file in (machine.place.livepatch / name).glob("*"):
+        file.unlink()
+    (machine.place.livepatch / name).rmdir()
 
 
 def other_patch(machine: Machine) -> None:
@@ -577,9 +577,8 @@ def test_pinned_modules_are_the_last_to_be_unloaded(machine: Machine) -> None:
     machine.patch()
     write(machine.place.proc / "modules", "fix 1 1 - Live 0x0\nlate 1 1 - Live 0x0\nold 1 1 - Live 0x0\n")
     for name, references in (("late", 1), ("old", 0)):
-        write(machine.place.module(name) / "initstate", "live\n")
-        write(machine.place.module(name) / "taint", "OEK\n")
-        write(machine.place.module(name) / "refcnt", f"{references}\n")
+        (machine.place.livepatch / name).mkdir()
+        left_behind(machine, name, references)
     by = journal.who(machine.place, "kmend")
     forced = Journal(machine.state, "b").begin("force", "fix", by, "", {})
     forced.step("forced", forced="patching", pins=["late"])
