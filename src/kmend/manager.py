@@ -28,6 +28,7 @@ from kmend.runtime.follow import Patience
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import Seen
 from kmend.runtime.patches import read_patch
+from kmend.runtime.place import is_folder
 from kmend.runtime.preflight import ModuleFile
 from kmend.runtime.wake import interrupt
 
@@ -202,12 +203,15 @@ class Manager(Actor):
         (``klp_free_replaced_patches_async()``, kernel/livepatch/core.c).
         """
         deadline = time.monotonic() + _REPLACED_LIMIT
-        while time.monotonic() < deadline and any(
-            (row := read_patch(self.place, name, objects=False)) is not None and row.phase is Phase.DISABLED
-            for name in before
-        ):
+        while time.monotonic() < deadline and any(map(self._is_going, before)):
             time.sleep(0.02)
         return self._observe()
+
+    def _is_going(self, name: str) -> bool:
+        row = read_patch(self.place, name, objects=False)
+        if row is None:  # its files go before its folder does
+            return is_folder(self.place.livepatch / name)
+        return row.phase is Phase.DISABLED
 
     def _way_back(self, run: Run, boot: str) -> str:
         """How to return to the patches that this one replaced, where their files are still what they were."""
