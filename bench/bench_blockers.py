@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/lab"))
 
-import sleeping  # noqa: E402 - the path above makes it importable
+import inside  # noqa: E402 - the path above makes it importable
+import sleeping  # noqa: E402 - as above
 import waiting  # noqa: E402 - as above
 
 from kmend.core import config  # noqa: E402 - as above
@@ -42,8 +43,11 @@ def main() -> int:
             target = fetch(settings, Release(release), Silent())
             module = sleeping.built(target, "blockers", Path(scratch) / release)
             with Guest.of(LabKernel.of(target), settings.lab) as guest:
+                inside.settle(guest)
                 waiting.settle(guest, program, {"blockers": module})
-                seen, seconds, memory = waiting.blockers_of_many(guest, number)
+                waiting.many(guest, number)
+                sleeping.act(guest, "load", "/root/blockers.ko", "--no-wait")
+                seen, seconds, memory = waiting.cost(guest)
                 action = sleeping.act(guest, "load", "/root/blockers.ko")
                 (transition,) = action["transitions"]
                 good &= memory < LIMIT and action["result"] == "done" and seen["left"] >= number

@@ -539,7 +539,8 @@ def test_signed_modules_only(line: Line) -> None:
 def test_no_more_modules(line: Line) -> None:
     line.guest.run("echo 1 >/proc/sys/kernel/modules_disabled", check=True)
     found = line.act("load", "/root/one.ko")
-    assert (found["status"], rules(found)) == (1, ["modules-disabled", "unsigned"])
+    assert found["status"] == 1
+    assert rules(found)[0] == "modules-disabled"  # and `unsigned`, if the test above has run in this guest
     assert line.insert("one")["rule"] == "not-root"
     nothing_is_left_locked(line)
 

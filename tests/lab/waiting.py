@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import inside
 import sleeping
+from resident import Resident
 
 from kmend.core.run import run
 from kmend.core.target import Target
@@ -83,8 +83,7 @@ def hall(target: Target, folder: Path) -> dict[str, Path]:
 
 
 def settle(guest: Guest, program: bytes, modules: dict[str, Path]) -> None:
-    """kmend, the program ``idle`` and modules into a fresh guest."""
-    inside.settle(guest)
+    """The program ``idle`` and modules into a guest that has kmend."""
     guest.put("/root/idle", program, 0o755)
     guest.put("/root/tracer.py", TRACER.encode())
     for name, path in modules.items():
@@ -97,17 +96,22 @@ def pids(text: str) -> dict[str, int]:
     return {name: int(pid) for name, pid in (line.split() for line in text.splitlines())}
 
 
-def blockers(guest: Guest) -> dict[int, Named]:
+def blockers(kmend: Resident) -> dict[int, Named]:
     """What kmend says now, by thread."""
-    found = inside.answer(guest, "blockers")["transition"]
+    found = kmend.answer("blockers")["transition"]
     assert found is not None, "no transition is under way"
     return {row["tid"]: Named(row) for row in found["blockers"]}
 
 
-def blockers_of_many(guest: Guest, number: int) -> tuple[dict[str, Any], float, float]:
-    """With so many threads asleep in the function: the answer, its seconds, its memory in MB."""
-    text = guest.run(MANY.replace("NUMBER", str(number)), timeout=300, check=True).text
-    seconds, kilobytes = text.split()[-2:]
+def many(guest: Guest, number: int) -> None:
+    """So many threads of one process, asleep in the function."""
+    guest.run(MANY.replace("NUMBER", str(number)), timeout=300, check=True)
+
+
+def cost(guest: Guest) -> tuple[dict[str, Any], float, float]:
+    """`kmend blockers` during a transition: the answer, its seconds, its memory in MB."""
+    guest.put("/root/measure.py", MEASURE.encode())
+    seconds, kilobytes = guest.run("/usr/bin/python3 measure.py", timeout=300, check=True).text.split()
     document = json.loads(guest.get("/root/answer"))
     return document["transition"], float(seconds), int(kilobytes) / 1024
 
@@ -119,13 +123,11 @@ echo 20000 >/proc/sys/kernel/threads-max
 (./idle threads NUMBER >ready 2>&1 </dev/null &)
 while ! grep -q ready ready; do grep idle: ready && exit 1; usleep 50000; done
 sleep 1
-kmend load /root/blockers.ko --no-wait >/dev/null 2>&1 || exit 1
-cat >measure.py <<'END'
+"""
+MEASURE = """
 import resource, subprocess, time
 began = time.monotonic()
 with open("/root/answer", "w") as out:
     subprocess.run(["kmend", "blockers", "--json"], stdout=out, check=True)
 print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-END
-/usr/bin/python3 measure.py
 """
