@@ -69,6 +69,8 @@ WISHES = {
         (("version_proc_show", 0, show('seq_puts(m, "cumulative\\n");')),), patch=".replace = true,"
     ),
     "sleepy": Wish((("cmdline_proc_show", 0, show('ssleep(25); seq_puts(m, "sleepy\\n");')),)),
+    # only a kill ends it; kmend itself never reads this file
+    "doze": Wish((("loadavg_proc_show", 0, show("schedule_timeout_killable(1000 * HZ);")),)),
     "naps": Wish(
         (("hrtimer_nanosleep", 0, "static long {f}(ktime_t r, int mode, clockid_t c) {{ return 0; }}"),)
     ),
