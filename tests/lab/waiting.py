@@ -51,7 +51,7 @@ while [ ! -e tracer ]; do usleep 50000; done
 while ! grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do usleep 50000; done
 """
 END = """
-killall -9 python3; killall -CONT idle
+kill -9 $(cat /root/tracer); killall -CONT idle
 echo 0 >/sys/fs/cgroup/cold/cgroup.freeze
 killall -9 idle; sleep 1; true
 """
