@@ -165,14 +165,14 @@ class Actor:
         boot = seen.kernel.boot_id
         book = self._journal(boot)
         journal.close_killed(book, self.place, f"{verb} {name}")
+        if "callbacks" not in detail and (loaded := self._loads(boot).get(name)) is not None:
+            detail = {**detail, "callbacks": loaded.detail.get("callbacks")}  # as the module's file had them
         action = book.begin(verb, name, self._who(), text, detail)
         try:
             log: klog.KernelLog | None = klog.KernelLog(self.place, new_only=True)
         except Unable:
             log = None
-        earlier = self._loads(boot).get(name)
-        known = detail if "callbacks" in detail or earlier is None else earlier.detail
-        called = Called(self.place, callbacks.parsed(known.get("callbacks")))
+        called = Called(self.place, callbacks.parsed(detail.get("callbacks")))
         run = Run(verb, name, action, log, called, time.monotonic())
         there = seen.named(name)
         run.note = there.module.note if there is not None and there.module is not None else {}

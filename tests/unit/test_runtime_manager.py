@@ -25,6 +25,7 @@ from kmend.runtime import act, journal, klog, observe
 from kmend.runtime.follow import Patience
 from kmend.runtime.journal import Journal
 from kmend.runtime.place import Place
+from kmend.runtime.preflight import ModuleFile
 
 
 def write(path: Path, contents: str) -> None:
@@ -584,3 +585,22 @@ def test_pinned_modules_are_the_last_to_be_unloaded(machine: Machine) -> None:
     forced.step("forced", forced="patching", pins=["late"])
     forced.end("done", "")
     assert machine.manager().loaded() == ("fix", "old", "late")
+
+
+def test_a_load_that_is_gone_on_with_knows_its_callbacks(machine: Machine) -> None:
+    """Also the unload after it: what counts is the last load."""
+    machine.patch(1, 1)
+    by = journal.who(machine.place, "kmend")
+    detail = {"sha256": "ab", "callbacks": [["vmlinux", {"post_patch": "ready"}]]}
+    Journal(machine.state, "b").begin("load", "fix", replace(by, pid=1), "from fix.ko", detail)
+    file = ModuleFile("fix.ko", "fix", "6.1.0 ", "", (), False, "", "ab", (), True)
+    manager = machine.manager()
+    seen = manager._observe()
+    there = seen.named("fix")
+    assert there is not None
+    machine.ends = [End.COMPLETE, End.COMPLETE]
+    report = manager._continue(there, file, seen.resumable, Following(), seen)
+    assert report is not None
+    assert (report.result, report.callbacks) == (Result.DONE, ("post_patch of vmlinux: ready()",))
+    machine.patch(0, 1)
+    assert manager.unload("fix", Following()).callbacks == ()
