@@ -78,7 +78,10 @@ class Examiner:
     """
 
     def __init__(self, config: Config, progress: Progress, place: Place, kernel: KernelState) -> None:
+        from kmend.running import OwnFiles
+
         self.progress, self.place = progress, place
+        self._files = OwnFiles(kernel)
         self.view, self.problem = _view(config, kernel)
         self.layout = _layout(place, self.view)
 
@@ -98,16 +101,15 @@ class Examiner:
             table = None  # the checks say so
         leftover = next((row for row in seen.left if row.name == module.name), None)
         without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
-        checks = [
-            *preflight.look(self.place, module, without, table),
-            *self._rules(data, module.path),
-            *self._code(module, seen.kernel),
-        ]
+        checks = list(preflight.look(self.place, module, without, table))
+        refused = {row.refusal.rule for row in checks if row.refusal is not None}
+        checks += self._rules(data, module.path, elf, table, seen.kernel, refused)
+        checks += self._code(module, table)
         if leftover is not None:
             checks.append(refusals.leftover(leftover))
         return Examined(module, describe(elf, self.layout, module.path), elf, seen, tuple(checks), table)
 
-    def _code(self, module: ModuleFile, kernel: KernelState) -> list[Check]:
+    def _code(self, module: ModuleFile, table: SymbolTable | None) -> list[Check]:
         """The functions to be replaced, as they run, against the image of the same build."""
         from kmend import running
 
@@ -115,12 +117,8 @@ class Examiner:
             return [Check("running code", None, "which functions are replaced is not known")]
         self.progress.step("comparing the running code with the kernel's image")
         try:
-            image = (
-                running.boot_image(kernel.release, kernel.build_id) if self.view is None else self.view.image
-            )
-            code = running.RunningCode(
-                self.place, image, lambda name: running.module_file(kernel.release, name)
-            )
+            image = self._files.image() if self.view is None else self.view.image
+            code = running.RunningCode(self.place, image, self._files.module, table)
             try:
                 return list(running.checks(code.compare(module.wanted)))
             finally:
@@ -128,17 +126,35 @@ class Examiner:
         except KmendError as error:
             return [Check("running code", None, f"{error.what}: {error.why}")]
 
-    def _rules(self, data: bytes, path: str) -> list[Check]:
-        """`kmend check` against the target in the cache."""
-        if self.view is None:
-            return [Check("rules of kmend check", None, self.problem)]
+    def _rules(
+        self,
+        data: bytes,
+        path: str,
+        elf: ElfFile,
+        table: SymbolTable | None,
+        kernel: KernelState,
+        refused: set[str],
+    ) -> list[Check]:
+        """`kmend check` against the target in the cache, else against what this machine has of its kernel.
+
+        ``refused`` are the rules by which other checks have refused.
+        """
+        from kmend import facts
+
+        unknown: tuple[facts.Unknown, ...] = ()
         try:
-            checked = self.view.check(data, path)
-        except (Failed, Unable) as error:  # the cache is damaged, or lacks what nothing here can make
-            return [Check("rules of kmend check", None, f"{error.what}: {error.why}")]
-        rows = [Check("rules of kmend check", False, row.what, row) for row in checked.refusals]
-        number = sum(checked.checked.values())
-        return rows or [Check("rules of kmend check", True, f"{number} things looked at, no objection")]
+            if self.view is not None:
+                checked, where = self.view.check(data, path), "the cache"
+            elif self.layout is None:  # where the module's descriptors are is not known
+                return [Check(facts.NAME, None, f"{self.problem}; and the kernel shows no BTF")]
+            else:
+                own = facts.RunningFacts(self.place, kernel.release, self._files, self.layout, table, elf)
+                checked, where = own.check(path), "the kernel's own files"
+                unknown = own.unknown
+        except (Failed, Unable) as error:  # damaged, or lacks what nothing here can make
+            return [Check(facts.NAME, None, f"{error.what}: {error.why}")]
+        told = facts.named_by_others(self.place, table, checked.description, refused)
+        return list(facts.checks(checked, unknown, told, where))
 
 
 def _view(config: Config, kernel: KernelState) -> tuple[TargetView | None, str]:

@@ -12,8 +12,8 @@ Held against every function of running stock kernels: see ``tests/lab/test_runti
 
 from __future__ import annotations
 
-import lzma
 import os
+import re
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
@@ -23,17 +23,19 @@ from itertools import chain
 from pathlib import Path
 
 from kmend.core.errors import KmendError, Refusal, Unable
-from kmend.core.live import Check
+from kmend.core.live import Check, KernelState
 from kmend.core.target import VMLINUX
 from kmend.elf.model import STT_FUNC, ElfFile
 from kmend.elf.reader import read
 from kmend.elf.x86_64 import ROWS
-from kmend.kernel.image import extract_vmlinux, read_build_id
+from kmend.kernel import libzstd
+from kmend.kernel.image import ELF_MAGIC, extract_vmlinux, read_build_id
+from kmend.kernel.modules import unpack
 from kmend.kernel.vmlinux import Image
 from kmend.module.layout import Layout
 from kmend.runtime.btf import structures
 from kmend.runtime.kcore import RunningMemory
-from kmend.runtime.place import Place, data
+from kmend.runtime.place import Place, data, optional
 from kmend.runtime.preflight import Wanted
 from kmend.runtime.probes import read_probes, replaced
 from kmend.runtime.symbols import RunningSymbol, SymbolTable
@@ -216,6 +218,30 @@ def _relocations(image: Image) -> tuple[tuple[Sequence[int], int, int], ...]:
     return tuple(found)
 
 
+class Linked:
+    """Link-time addresses of the running kernel's symbols.
+
+    ``distance`` is how far KASLR has moved it, in bytes: its ``_text`` against the image's.
+    """
+
+    def __init__(self, table: SymbolTable, image: Image) -> None:
+        """
+        Raises:
+            Unable: (rule ``no-kcore``) there is no telling where the kernel lies.
+        """
+        self._table = table
+        section = image.section(".text")
+        rows = [row for row in table.named("_text") if row.object == VMLINUX]
+        if section is None or len(rows) != 1:
+            raise Unable("the running kernel's place in memory is not known", rule="no-kcore")
+        self.distance = rows[0].address - section.address
+
+    def __call__(self, name: str) -> int | None:
+        """The address of the symbol of that name; None: there is none, or several."""
+        rows = [row for row in self._table.named(name) if row.object == VMLINUX]
+        return rows[0].address - self.distance if len(rows) == 1 else None
+
+
 class RunningCode:
     """Compares functions of the running kernel with its image and its modules' files."""
 
@@ -224,16 +250,19 @@ class RunningCode:
         place: Place,
         image: Image,
         module: Callable[[str], ElfFile | None],
+        table: SymbolTable | None = None,
     ) -> None:
-        """
+        """``table`` is the kernel's symbol table when it has been read already.
+
         Raises:
             Unable: memory or symbols of the running kernel cannot be read, or the image is another.
         """
         self._place, self._image, self._module = place, image, module
-        self._table = SymbolTable(place)
+        self._table = table or SymbolTable(place)
         self._memory = RunningMemory(place)
         try:
-            self._distance = self._moved_by()
+            self._linked = Linked(self._table, image)
+            self._distance = self._linked.distance
             self._rewritten = Rewritten(image, self._linked)
         except BaseException:
             self._memory.close()
@@ -244,18 +273,6 @@ class RunningCode:
     def close(self) -> None:
         """Let go of the running kernel's memory."""
         self._memory.close()
-
-    def _moved_by(self) -> int:
-        """How far KASLR has moved the kernel: its ``_text`` against the image's."""
-        section = self._image.section(".text")
-        rows = [row for row in self._table.named("_text") if row.object == VMLINUX]
-        if section is None or len(rows) != 1:
-            raise Unable("the running kernel's place in memory is not known", rule="no-kcore")
-        return rows[0].address - section.address
-
-    def _linked(self, name: str) -> int | None:
-        rows = [row for row in self._table.named(name) if row.object == VMLINUX]
-        return rows[0].address - self._distance if len(rows) == 1 else None
 
     def compare(self, wanted: Iterable[Wanted]) -> Compared:
         """Compare each function; what cannot be is named with the reason."""
@@ -337,11 +354,10 @@ class RunningCode:
         file = self._module(name)
         if file is None:
             return "the module's file is not known"
-        shown = data(self._place.module(name) / "notes/.note.gnu.build-id")
-        if shown is None:
+        same = is_loaded_from(self._place, name, file)
+        if same is None:
             return "the module is not loaded"
-        note = file.section(".note.gnu.build-id")
-        if note is None or note.data != shown:
+        if not same:
             return "the loaded module is not the one of the file"
         return _ModuleCode(file)
 
@@ -425,12 +441,13 @@ _TABLES = frozenset(
 
 def layout(place: Place) -> Layout:
     """The part of the livepatch structures' layout that reading a module's descriptors needs, from the BTF of
-    the running kernel. What has to do with building modules is 0.
+    the running kernel, and that of ``struct modversion_info``. What has to do with building modules is 0.
 
     Raises:
         Unable: (rule ``no-btf``) the kernel shows no BTF, or its structures are not there.
     """
-    found = structures(place, ("klp_patch", "klp_object", "klp_func", "klp_callbacks"))
+    found = structures(place, ("klp_patch", "klp_object", "klp_func", "klp_callbacks", "modversion_info"))
+    version = found.get("modversion_info")
     try:
         patch, obj, func, calls = (
             found[name] for name in ("klp_patch", "klp_object", "klp_func", "klp_callbacks")
@@ -449,6 +466,8 @@ def layout(place: Place) -> Layout:
             "func_old_sympos": func.members["old_sympos"],
             "callbacks": obj.members["callbacks"],
             **{name: calls.members[name] for name in _CALLBACKS},
+            "version_size": version.size if version else 0,
+            "version_name": version.members["name"] if version else 0,
         }
     except KeyError as error:
         raise Unable(
@@ -464,7 +483,8 @@ def boot_image(release: str, wanted: str, boot: Path = Path("/boot")) -> Image:
     """The unpacked image of the kernel that runs, from ``/boot``, as a file in memory.
 
     Raises:
-        Unable: (rule ``no-image``) it is not there, or of another build than ``wanted``.
+        Unable: it is not there, or of another build than ``wanted`` (rule ``no-image``); or nothing here can
+            unpack it (``missing-tool``).
         Failed: it is damaged.
     """
     path = boot / f"vmlinuz-{release}"
@@ -472,7 +492,7 @@ def boot_image(release: str, wanted: str, boot: Path = Path("/boot")) -> Image:
         packed = path.read_bytes()
     except OSError as error:
         raise Unable(f"{path} cannot be read", why=error.strerror or str(error), rule="no-image") from error
-    vmlinux = extract_vmlinux(packed)
+    vmlinux = _unpacked(packed)
     found = read_build_id(vmlinux)
     if found != wanted:
         raise Unable(
@@ -490,18 +510,67 @@ def boot_image(release: str, wanted: str, boot: Path = Path("/boot")) -> Image:
         os.close(fd)
 
 
+def _unpacked(packed: bytes) -> bytes:
+    try:
+        return extract_vmlinux(packed)
+    except Unable:  # for want of a Python package, which a server that only loads patches need not have
+        vmlinux = libzstd.unpack_inside(packed, ELF_MAGIC)
+        if vmlinux is None:
+            raise
+        return vmlinux
+
+
 def module_file(release: str, name: str, modules: Path = Path("/lib/modules")) -> ElfFile | None:
     """A module of the running kernel, found by ``modules.dep``; None: not there, or not readable."""
     folder = modules / release
+    stem = re.escape(name).replace("_", "[-_,]")  # as kmend.kernel.symvers.module_name()
     try:
-        for line in (folder / "modules.dep").read_text().splitlines():
-            path = folder / line.partition(":")[0]
-            if path.name.partition(".ko")[0].replace("-", "_") == name:
-                data = path.read_bytes()
-                return read(lzma.decompress(data) if path.suffix == ".xz" else data, path.name)
-    except (OSError, lzma.LZMAError, KmendError):
+        listed = (folder / "modules.dep").read_text()
+        row = re.search(rf"^((?:[^:\n]*/)?{stem}\.ko(?:\.\w+)?):", listed, re.MULTILINE)
+        return read(unpack(folder / row[1]), name) if row else None
+    except (OSError, ValueError, KmendError):
         return None
-    return None
+
+
+def is_loaded_from(place: Place, name: str, file: ElfFile) -> bool | None:
+    """Whether the loaded module is known by its build id to be that of the file; None: there is none loaded.
+
+    Raises:
+        Unable: this user may not look.
+    """
+    shown = data(place.module(name) / "notes/.note.gnu.build-id")
+    if shown is None:
+        return None if optional(place.module(name) / "initstate") is None else False
+    note = file.section(".note.gnu.build-id")
+    return note is not None and note.data == shown
+
+
+class OwnFiles:
+    """The files that the running kernel was started from, as its packages have them; each is read once."""
+
+    def __init__(
+        self, kernel: KernelState, boot: Path = Path("/boot"), modules: Path = Path("/lib/modules")
+    ) -> None:
+        self._kernel, self._boot, self._folder = kernel, boot, modules
+        self._image: Image | KmendError | None = None
+        self._modules: dict[str, ElfFile | None] = {}
+
+    def image(self) -> Image:
+        """As :func:`boot_image`."""
+        if self._image is None:
+            try:
+                self._image = boot_image(self._kernel.release, self._kernel.build_id, self._boot)
+            except KmendError as error:
+                self._image = error
+        if isinstance(self._image, KmendError):
+            raise self._image
+        return self._image
+
+    def module(self, name: str) -> ElfFile | None:
+        """As :func:`module_file`."""
+        if name not in self._modules:
+            self._modules[name] = module_file(self._kernel.release, name, self._folder)
+        return self._modules[name]
 
 
 def checks(found: Compared) -> Iterator[Check]:
