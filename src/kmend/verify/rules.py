@@ -165,14 +165,17 @@ class _Checker:
                 row[:8], "little"
             )
         wanted = [s.name for s in self.elf.symbols if s.section == SHN_UNDEF and s.name]
+        # modules that must be there before this one is loaded; kmend builds none that needs any
+        depends = dict(self.description.info).get("depends", "").replace("-", "_").split(",")
         for name in ["module_layout", *wanted]:
             self._count("exports")
             export = self.facts.exports.get(name)
-            if export is None or export.owner != VMLINUX:
+            if export is None or export.owner not in (VMLINUX, *depends):
                 yield Refusal(
                     "not-exported",
                     name,
-                    "the module needs it as an ordinary symbol, but the kernel image does not export it",
+                    "the module needs it as an ordinary symbol, but neither the kernel image nor a module "
+                    "that it depends on exports it",
                     "build the patch anew for this kernel",
                 )
             elif rows.get(name) != export.crc:
@@ -276,8 +279,10 @@ class _Checker:
                 return None, "it stands in init memory, which is gone"
             return place, ""
         module = self.facts.module(obj)
+        # of a name that there is once, the kernel takes 1 as well as 0
+        position = None if module is None else module_position(module, name, place)
         if module is not None and (
-            module_init(module, place) or module_position(module, name, place) != sympos
+            module_init(module, place) or position is None or max(position, 1) != max(sympos, 1)
         ):
             return None, f"its position is another one once {obj} has given its init memory back"
         return place, ""
