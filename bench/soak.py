@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 from resident import Resident  # noqa: E402 - the path above makes it importable
 
 from kmend.core import config  # noqa: E402 - as above
+from kmend.core.config import Config  # noqa: E402 - as above
 from kmend.core.progress import Silent  # noqa: E402 - as above
 from kmend.core.run import run  # noqa: E402 - as above
 from kmend.core.target import Release, Target  # noqa: E402 - as above
@@ -285,29 +287,50 @@ class Load:
 
 
 def main() -> int:
-    """Build, soak, look."""
+    """As told on the command line."""
     cycles = int(sys.argv[1]) if len(sys.argv) > 1 else 500
     limit = float(sys.argv[2]) * 60 if len(sys.argv) > 2 else math.inf
     release = Release(sys.argv[3] if len(sys.argv) > 3 else "6.1.0-56-amd64")
     settings = config.load()
     target = fetch(settings, release, Silent())
+    began, asked = monotonic(), list[int]()
+
+    def over() -> bool:
+        return bool(asked) or monotonic() - began > limit
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda which, _frame: asked.append(which))
     with tempfile.TemporaryDirectory(prefix="kmend-soak-") as scratch:
-        folder = Path(scratch)
-        modules = built(target, settings.cache, folder)
-        disk = folder / "disk"
-        disk.write_bytes(b"")
-        os.truncate(disk, 128 << 20)
-        run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", disk])
-        with Guest.of(LabKernel.of(target), settings.lab, Settings(disk=disk)) as guest:
-            try:
-                return soak(guest, modules, cycles, limit, release)
-            except (KernelOops, LostGuest) as error:
-                print(f"{error.what}\n{error.why}\n{guest.console()[-6000:]}")
-                return 1
+        return soaked(target, settings, Path(scratch), cycles, over=over)
 
 
-def soak(guest: Guest, modules: dict[str, Path], cycles: int, limit: float, release: str) -> int:
-    """The cycles in a guest, up to ``limit`` seconds; the exit status."""
+def soaked(
+    target: Target,
+    settings: Config,
+    folder: Path,
+    cycles: int,
+    *,
+    warm: int = WARM,
+    over: Callable[[], bool] = lambda: False,
+) -> int:
+    """Build, soak, look; the exit status. ``over`` is asked after each batch whether to end now."""
+    modules = built(target, settings.cache, folder)
+    disk = folder / "disk"
+    disk.write_bytes(b"")
+    os.truncate(disk, 128 << 20)
+    run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", disk])
+    with Guest.of(LabKernel.of(target), settings.lab, Settings(disk=disk)) as guest:
+        try:
+            return soak(guest, modules, cycles, target.release, warm, over)
+        except (KernelOops, LostGuest) as error:
+            print(f"{error.what}\n{error.why}\n{guest.console()[-6000:]}")
+            return 1
+
+
+def soak(
+    guest: Guest, modules: dict[str, Path], cycles: int, release: str, warm: int, over: Callable[[], bool]
+) -> int:
+    """The cycles in a guest; the exit status."""
     guest.run(PREPARE, check=True)
     for name, path in modules.items():
         guest.put(f"/root/{name}.ko", path.read_bytes())
@@ -339,17 +362,13 @@ def soak(guest: Guest, modules: dict[str, Path], cycles: int, limit: float, rele
                 bad[f"[{row.seconds:.6f}] {row.text}"] = None
 
     load.start()
-    warm = some(0, WARM)
-    print(f"warm: {WARM} cycles in {warm['seconds']:.0f} s", flush=True)
+    print(f"warm: {warm} cycles in {some(0, warm)['seconds']:.0f} s", flush=True)
     load.stop()
     before = memory(guest)
     again = memory(guest)
     load.start()
     began, at = monotonic(), 0
-    asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda which, _frame: asked.append(which))
-    while at < cycles and monotonic() - began < limit and not asked:
+    while at < cycles and not over():
         batch = min(BATCH, cycles - at)
         found = some(at, at + batch)
         at += batch
