@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
@@ -180,7 +180,7 @@ WantedBy=multi-user.target
 #: As the lab's own guests: one thread for all processors, or a function that runs while its text is modified
 #: makes the guest livelock.
 QEMU = (
-    *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+    *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
     *("-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35,vmport=off", "-m", "3072"),
     *("-device", "virtio-serial-pci", "-device", "virtio-rng-pci"),
 )
@@ -196,6 +196,13 @@ def make_bootable(root: Root) -> None:
     typist.chmod(0o755)
     root.path("/etc/systemd/system/typist.service").write_text(UNIT)
     root.run("systemctl enable typist.service && systemctl set-default multi-user.target")
+
+
+def put(file: Path, disk: Path) -> None:
+    """Copy a file into root's home on a disk that no machine has mounted."""
+    commands = disk.with_suffix(".commands")
+    commands.write_text(f"cd /root\nwrite {file} {file.name}\n")
+    run([which("debugfs") or "debugfs", "-w", "-f", commands, disk])
 
 
 def disk_of(root: Root, file: Path, gigabytes: int = 10) -> None:
@@ -244,6 +251,23 @@ class Terminal:
         """What the serial console has shown."""
         return self._console.read_bytes().decode(errors="replace")
 
+    def ready(self, limit: float = 600.0) -> None:
+        """Wait until the machine is up: until then the line that asks for it waits in the port."""
+        self.type("systemctl is-system-running --wait", timeout=limit, check=False)
+
+    def boots(self, number: int, limit: float = 1200.0) -> None:
+        """Wait until the console has shown the beginning of so many boots.
+
+        What is typed before a machine is reset is lost with it. The first boot after a reset may be slow, as
+        QEMU still has to forget what it translated of the one before: its kernel had a root after 227 s,
+        where the first one had needed 20.
+        """
+        until = monotonic() + limit
+        while self.console.count("] Linux version ") < number:
+            if monotonic() > until or self.process.poll() is not None:
+                raise AssertionError(f"no boot {number}; the console's end:\n{self.console[-3000:]}")
+            sleep(1)
+
     def off(self, command: str = "systemctl poweroff") -> None:
         """Shut the machine down as its user would, and wait for its end."""
         self.type(command, check=False)
@@ -264,12 +288,16 @@ class Server:
     initrd: Path
 
     @contextmanager
-    def up(self, *words: str, limit: float = 600.0) -> Iterator[Terminal]:
-        """One boot; ``words`` are added to the kernel's command line. At the end it is killed."""
+    def up(self, *words: str, limit: float = 600.0, reboots: bool = False) -> Iterator[Terminal]:
+        """One boot; ``words`` are added to the kernel's command line. At the end it is killed.
+
+        ``reboots``: it comes up again after a reboot, with the same kernel and the same words.
+        """
         mine, other = socket.socketpair()
         console = self.disk.with_suffix(".console")
         argv = [
             *QEMU,
+            *(() if reboots else ("-no-reboot",)),
             *("-kernel", str(self.vmlinuz), "-initrd", str(self.initrd)),
             *("-append", " ".join((WORDS, *words))),
             *("-drive", f"if=none,id=disk,format=raw,file={self.disk},cache=unsafe"),
@@ -292,8 +320,7 @@ class Server:
             try:
                 other.close()
                 terminal = Terminal(mine, console, process)
-                # answered once the machine is up: until then the line waits in the port
-                terminal.type("systemctl is-system-running --wait", timeout=limit, check=False)
+                terminal.ready(limit)
                 yield terminal
             finally:
                 if process.poll() is None:

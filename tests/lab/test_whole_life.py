@@ -26,11 +26,13 @@ from typing import Any
 
 import bookworm
 import pytest
+import test_boot
 from bookworm import Root, Server, Terminal
 
 from kmend import __version__
 from kmend.core.config import Config
 from kmend.core.run import run
+from kmend.core.target import Target
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(5400)]
 
@@ -41,6 +43,8 @@ SERVER = (
     *("systemd-sysv", "udev", "dbus", "initramfs-tools", "kmod", "zstd", "bash-completion", "man-db"),
     f"linux-image-{RELEASE}",
 )
+#: What the console shows of the crash (test_boot.BOMB).
+WENT_OFF = "Kernel panic - not syncing: kmend test: the patch went off"
 DROP_IN = "/etc/systemd/system/kmend-healthy.timer.d"
 EXAMPLES = "/usr/share/doc/kmend/examples"
 #: The second fix; built together with the first, so that the module replaces the first one's.
@@ -292,6 +296,45 @@ def well(machine: Terminal) -> None:
     """The kernel has nothing to complain about."""
     said = machine.type("dmesg | grep -E '\\bBUG\\b|Oops|WARNING|Call Trace|rcu.*stall'", check=False).text
     assert said == ""
+
+
+@pytest.mark.target
+def test_a_patch_that_crashes_the_machine_costs_one_reboot(
+    server: Server, target_56: Target, scratch: Path
+) -> None:
+    """Nobody helps: the kernel panics, reboots the machine by itself, and it stays up without the patch."""
+    disk = scratch / "crashing"
+    run(["cp", "--reflink=auto", "--sparse=always", server.disk, disk], timeout=600)
+    module = scratch / "keep_bomb.ko"  # goes off 20 s after loading
+    folder = scratch / "bomb"
+    folder.mkdir()
+    module.write_bytes(test_boot.build(target_56, folder)["keep_bomb"])
+    bookworm.put(module, disk)
+    with replace(server, disk=disk).up("panic=1", reboots=True) as machine:
+        machine.type("apt-get -q -y install ./kmend.deb --no-install-recommends")
+        machine.type("kmend install keep_bomb.ko")
+        assert loaded(machine) == []
+        machine.type("systemctl reboot", check=False)
+        machine.boots(2)
+        machine.boots(3)
+        assert machine.console.count(WENT_OFF) == 1
+        machine.ready()
+
+        assert loaded(machine) == []
+        assert "keep_bomb" not in machine.type("cat /proc/modules").text
+        assert boot(machine)["guard"] == "tripped"
+        text = machine.type("kmend status").text
+        assert "LEFT OFF: the boot of 20" in text
+        assert "began to load keep_bomb and was never found to be healthy" in text
+        shown = machine.type("systemctl show -P ActiveState -P Result kmend-load.service").text
+        assert sorted(shown.split()) == ["exit-code", "failed"]
+        assert "stay off" in machine.type("journalctl -b -u kmend-load.service").text
+        assert "stay off" in machine.type("kmend log").text
+        machine.type("sleep 40")  # longer than the patch would have taken
+        assert machine.console.count("] Linux version ") == 3
+        assert machine.console.count("Kernel panic") == machine.console.count(WENT_OFF) == 1
+        machine.off()
+    disk.unlink()
 
 
 def test_the_whole_life(server: Server, prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
