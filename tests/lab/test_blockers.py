@@ -14,12 +14,16 @@ from kmend.core.target import Target
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
 
-pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.target]
 
 THREADS = 5000
 
 
-@pytest.fixture(scope="module", params=["target_56", "target_612"], ids=["6.1", "6.12"])
+@pytest.fixture(
+    scope="module",
+    params=["target_56", pytest.param("target_612", marks=pytest.mark.slow)],
+    ids=["6.1", "6.12"],
+)
 def machine(
     request: pytest.FixtureRequest, config: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Resident]:
@@ -112,6 +116,7 @@ def test_kernel_side(kmend: Resident) -> None:
     assert "no signal reaches it" in found[tasks["hard"]].row["remedy"]
 
 
+@pytest.mark.slow
 def test_a_process_of_many_threads(kmend: Resident) -> None:
     """All asleep in the function: looking at them is bearable, and waking them ends it at once."""
     waiting.many(kmend.guest, THREADS)

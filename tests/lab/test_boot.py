@@ -28,7 +28,7 @@ from kmend.lab.host import Settings
 from kmend.lab.kernel import LabKernel
 from kmend.lab.outcome import KernelOops, LostGuest
 
-pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.target]
 
 ROOT = Path(__file__).parents[2]
 FRAME = """
@@ -84,7 +84,11 @@ def build(target: Target, folder: Path) -> dict[str, bytes]:
     return {name: (folder / f"{name}.ko").read_bytes() for name in MODULES}
 
 
-@pytest.fixture(scope="module", params=["target_55", "target_612"], ids=["6.1", "6.12"])
+@pytest.fixture(
+    scope="module",
+    params=["target_55", pytest.param("target_612", marks=pytest.mark.slow)],
+    ids=["6.1", "6.12"],
+)
 def target(request: pytest.FixtureRequest) -> Target:
     found: Target = request.getfixturevalue(request.param)
     return found
@@ -165,6 +169,7 @@ def test_what_is_installed_is_loaded_at_the_next_boot_and_no_more_once_uninstall
         assert (found["status"], found["actions"], loaded(guest)) == (0, [], [])
 
 
+@pytest.mark.slow
 def test_a_cumulative_patch_is_loaded_alone(server: Server) -> None:
     with server.up() as (guest, kmend):
         assert kmend.answer("install", "/root/keep_a.ko", "/root/keep_all.ko")["status"] == 0
@@ -204,6 +209,7 @@ def test_a_patch_that_crashes_the_machine_is_loaded_once(server: Server) -> None
         assert results(kmend.answer(*BOOT)) == [("keep_a", "done")]
 
 
+@pytest.mark.slow
 def test_a_boot_whose_kernel_oopsed_is_not_called_healthy(server: Server) -> None:
     with server.up() as (guest, kmend):
         assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
@@ -215,6 +221,7 @@ def test_a_boot_whose_kernel_oopsed_is_not_called_healthy(server: Server) -> Non
         assert rules(kmend.answer(*BOOT)) == ["crash-guard"]
 
 
+@pytest.mark.slow
 def test_the_switches(server: Server) -> None:
     with server.up() as (guest, kmend):
         assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
@@ -230,6 +237,7 @@ def test_the_switches(server: Server) -> None:
         assert kmend.answer(*BOOT)["status"] == 0
 
 
+@pytest.mark.slow
 def test_a_module_that_was_tampered_with_is_not_loaded(server: Server) -> None:
     with server.up() as (guest, kmend):
         assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
@@ -246,6 +254,7 @@ def test_a_module_that_was_tampered_with_is_not_loaded(server: Server) -> None:
         assert rules(kmend.answer("install", "/root/keep_b.ko")) == ["unsafe-store"]
 
 
+@pytest.mark.slow
 def test_status_says_which_check_refused_a_patch_at_boot(server: Server) -> None:
     """The kernel at boot is not as it was when the patch was installed: here, ftrace is switched off."""
     with server.up() as (guest, kmend):
@@ -282,6 +291,7 @@ mount -o bind /usr /r/usr
 """
 
 
+@pytest.mark.slow
 def test_the_initramfs_loads_from_the_root_file_system_before_anything_runs_there(server: Server) -> None:
     with server.up() as (guest, kmend):
         assert kmend.answer("install", "/root/keep_a.ko")["status"] == 0
@@ -309,6 +319,7 @@ def before(release: str) -> str:
     return re.sub(r"\d(?=(\+deb\d+)?-amd64$)", lambda digit: str(int(digit[0]) - 1), release)
 
 
+@pytest.mark.slow
 def test_what_is_installed_for_another_kernel_is_left_alone(server: Server) -> None:
     this = server.kernel.release
     other = before(this)
@@ -453,6 +464,7 @@ class Cuts:
         return f"found {', '.join(there) or 'nothing'} ({boot['guard']})"
 
 
+@pytest.mark.slow
 def test_the_power_may_go_at_any_moment(server: Server) -> None:
     cuts = Cuts(server, random.Random(4))
     for kind in MOMENTS * KINDS:

@@ -15,7 +15,7 @@ from kmend.core.target import Target
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
 
-pytestmark = [pytest.mark.lab, pytest.mark.target, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.target]
 
 EVIL = "<script>x=1"  # TASK_COMM_LEN leaves 15 characters
 #: Two that sleep in hrtimer_nanosleep(), one of them under a name that is markup to a browser.
@@ -35,7 +35,11 @@ for i in $(seq 200); do grep -q livepatch /root/watch 2>/dev/null && break; usle
 """
 
 
-@pytest.fixture(scope="module", params=["target_55", "target_612"], ids=["6.1", "6.12"])
+@pytest.fixture(
+    scope="module",
+    params=["target_55", pytest.param("target_612", marks=pytest.mark.slow)],
+    ids=["6.1", "6.12"],
+)
 def guest(
     request: pytest.FixtureRequest, config: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Guest]:
