@@ -1,30 +1,31 @@
 """What is looked at before a module is installed: its file, and each check that holds for every boot.
 
-    file -> what it says of itself -> the running kernel, if it is for that one -> the target in the cache
-
-As :mod:`kmend.examine` does it for a load; but the kernel may be another than the one that runs, and what is
-so at this very moment is no matter.
+For the kernel that runs as :mod:`kmend.examine` does it for a load, but for what is so at this very moment.
+For another one there is the target in the cache, if any.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmend.core.config import Config
-from kmend.core.errors import Failed, KmendError, Refusal, Unable, UsageError
+from kmend.core.errors import Failed, Refusal, Unable, UsageError
+from kmend.core.files import read_regular
 from kmend.core.live import Check, KernelState
+from kmend.core.progress import Silent
 from kmend.core.target import Release
-from kmend.examine import read_module_file
+from kmend.elf.reader import read
+from kmend.examine import MOST, Examiner, contents_of, read_module_file, view_of
 from kmend.runtime import persistence, preflight
 from kmend.runtime.observe import observe
 from kmend.runtime.place import Place, is_folder
 from kmend.runtime.preflight import ModuleFile
 
 if TYPE_CHECKING:
-    from kmend.module.layout import Layout
     from kmend.view import TargetView
 
 #: Checks of `kmend load` that hold for every boot; the others are about this very moment.
@@ -57,7 +58,7 @@ def look(config: Config, place: Place, path: str, kernel: KernelState) -> Candid
         UsageError, Failed: it cannot be read, is no livepatch module, or was built for no release.
         Unable: (rule ``no-livepatch``) it is for the running kernel, which has no livepatch support.
     """
-    data = _contents(path)
+    data = contents_of(path)
     plain = read_module_file(data, path, None)
     release = persistence.release_of(plain.release)
     if not persistence.is_name(plain.name):
@@ -67,49 +68,18 @@ def look(config: Config, place: Place, path: str, kernel: KernelState) -> Candid
             next_step="build it again, with a name of letters, digits and underscores (-n)",
             rule="module-name",
         )
-    running = release == kernel.release
-    view, problem = _view(config, release, kernel.build_id if running else plain.build_id)
-    layout = view.layout if view is not None else _own_layout(place) if running else None
-    module = plain if layout is None else read_module_file(data, path, layout)
-    checks = [*(_lasting(config, place, module) if running else ()), *_rules(view, problem, data, path)]
-    warnings = () if running or (KERNELS / release).is_dir() else (_kernel_absent(release, kernel),)
+    if release == kernel.release:
+        examiner = Examiner(config, Silent(), place, kernel)
+        module = examiner.read(data, path)
+        checks = _lasting(config, place, module)
+        checks += examiner.rules(data, path, read(data, path), examiner.symbols())
+        warnings: tuple[Refusal, ...] = ()
+    else:
+        view, problem = view_of(config, release, plain.build_id)
+        module = plain if view is None else read_module_file(data, path, view.layout)
+        checks = list(_rules(view, problem, data, path))
+        warnings = () if (KERNELS / release).is_dir() else (_kernel_absent(release, kernel),)
     return Candidate(path, data, module, _report_beside(path, module.sha256), tuple(checks), warnings)
-
-
-def _contents(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise Failed(
-            f"{path} cannot be read",
-            why=error.strerror or str(error),
-            next_step="name a livepatch module (.ko)",
-            rule="unreadable",
-        ) from error
-
-
-def _view(config: Config, release: Release, build_id: str) -> tuple[TargetView | None, str]:
-    """The target of that build ('': of any) when it is in the cache; else why there is none."""
-    from kmend.kernel.prepared import open_target
-    from kmend.view import TargetView
-
-    try:
-        target = open_target(config, release)
-        if build_id and target.build_id != build_id:
-            return None, f"the target {release} in the cache is another build than the module's kernel"
-        return TargetView(config, target), ""
-    except KmendError as error:
-        return None, error.what
-
-
-def _own_layout(place: Place) -> Layout | None:
-    """How the running kernel lays its livepatch structures out, by its own BTF."""
-    from kmend import running
-
-    try:
-        return running.layout(place)
-    except KmendError:
-        return None
 
 
 def _lasting(config: Config, place: Place, module: ModuleFile) -> list[Check]:
@@ -128,14 +98,19 @@ def _lasting(config: Config, place: Place, module: ModuleFile) -> list[Check]:
     return [row for row in preflight.look(place, module, seen) if row.name in LASTING]
 
 
-def _rules(view: TargetView | None, problem: str, data: bytes, path: str) -> list[Check]:
-    """`kmend check` against the target in the cache."""
+def _rules(view: TargetView | None, problem: str, data: bytes, path: str) -> Iterator[Check]:
+    """`kmend check` for a kernel that does not run: against the target in the cache."""
+    from kmend import facts
+
     if view is None:
-        return [Check("rules of kmend check", None, problem)]
-    checked = view.check(data, path)
-    rows = [Check("rules of kmend check", False, row.what, row) for row in checked.refusals]
-    number = sum(checked.checked.values())
-    return rows or [Check("rules of kmend check", True, f"{number} things looked at, no objection")]
+        yield Check(facts.NAME, None, problem)
+        return
+    try:
+        checked = view.check(data, path)
+    except (Failed, Unable) as error:  # damaged, or lacks what nothing here can make
+        yield Check(facts.NAME, None, f"{error.what}: {error.why}")
+        return
+    yield from facts.checks(checked, (), (), "the cache")
 
 
 def _kernel_absent(release: Release, kernel: KernelState) -> Refusal:
@@ -150,7 +125,7 @@ def _kernel_absent(release: Release, kernel: KernelState) -> Refusal:
 def _report_beside(path: str, sha256: str) -> bytes:
     """The build report beside the module, if it is the report of this very file; else nothing."""
     try:
-        data = Path(path).with_suffix(".json").read_bytes()
+        data = read_regular(Path(path).with_suffix(".json"), MOST)
         return data if json.loads(data)["sha256"] == sha256 else b""
     except (OSError, ValueError, KeyError, TypeError):
         return b""

@@ -58,11 +58,7 @@ def examine(config: Config, progress: Progress, place: Place, path: str) -> Exam
         UsageError, Failed: the file cannot be read or is no livepatch module.
         Unable: the running kernel has no livepatch support.
     """
-    fd = act.open_module(path)
-    try:
-        data = contents(fd, path)
-    finally:
-        os.close(fd)
+    data = contents_of(path)
     seen = observe(place, config.state, holding=True)
     progress.step(f"checking {path}")
     examiner = Examiner(config, progress, place, seen.kernel)
@@ -80,9 +76,9 @@ class Examiner:
     def __init__(self, config: Config, progress: Progress, place: Place, kernel: KernelState) -> None:
         from kmend.running import OwnFiles
 
-        self.progress, self.place = progress, place
+        self.progress, self.place, self.kernel = progress, place, kernel
         self._files = OwnFiles(kernel)
-        self.view, self.problem = _view(config, kernel)
+        self.view, self.problem = view_of(config, Release(kernel.release), kernel.build_id)
         self.layout = _layout(place, self.view)
 
     def read(self, data: bytes, path: str) -> ModuleFile:
@@ -94,16 +90,12 @@ class Examiner:
         from kmend.elf.reader import read
         from kmend.module.describe import describe
 
-        elf = read(data, module.path)
-        try:
-            table: SymbolTable | None = SymbolTable(self.place)
-        except Unable:
-            table = None  # the checks say so
+        elf, table = read(data, module.path), self.symbols()
         leftover = next((row for row in seen.left if row.name == module.name), None)
         without = replace(seen, left=tuple(row for row in seen.left if row is not leftover))
         checks = list(preflight.look(self.place, module, without, table))
         refused = {row.refusal.rule for row in checks if row.refusal is not None}
-        checks += self._rules(data, module.path, elf, table, seen.kernel, refused)
+        checks += self.rules(data, module.path, elf, table, refused)
         checks += self._code(module, table)
         if leftover is not None:
             checks.append(refusals.leftover(leftover))
@@ -126,18 +118,24 @@ class Examiner:
         except KmendError as error:
             return [Check("running code", None, f"{error.what}: {error.why}")]
 
-    def _rules(
+    def symbols(self) -> SymbolTable | None:
+        """The running kernel's; None when it shows this user none, which the checks say."""
+        try:
+            return SymbolTable(self.place)
+        except Unable:
+            return None
+
+    def rules(
         self,
         data: bytes,
         path: str,
         elf: ElfFile,
         table: SymbolTable | None,
-        kernel: KernelState,
-        refused: set[str],
+        refused: set[str] | None = None,
     ) -> list[Check]:
         """`kmend check` against the target in the cache, else against what this machine has of its kernel.
 
-        ``refused`` are the rules by which other checks have refused.
+        ``refused`` are the rules by which the other checks of a load have refused; these say it then.
         """
         from kmend import facts
 
@@ -148,24 +146,28 @@ class Examiner:
             elif self.layout is None:  # where the module's descriptors are is not known
                 return [Check(facts.NAME, None, f"{self.problem}; and the kernel shows no BTF")]
             else:
-                own = facts.RunningFacts(self.place, kernel.release, self._files, self.layout, table, elf)
+                own = facts.RunningFacts(
+                    self.place, self.kernel.release, self._files, self.layout, table, elf
+                )
                 checked, where = own.check(path), "the kernel's own files"
                 unknown = own.unknown
         except (Failed, Unable) as error:  # damaged, or lacks what nothing here can make
             return [Check(facts.NAME, None, f"{error.what}: {error.why}")]
-        told = facts.named_by_others(self.place, table, checked.description, refused)
+        told: frozenset[tuple[str, str]] = frozenset()
+        if refused is not None:
+            told = facts.named_by_others(self.place, table, checked.description, refused)
         return list(facts.checks(checked, unknown, told, where))
 
 
-def _view(config: Config, kernel: KernelState) -> tuple[TargetView | None, str]:
-    """The target of the very kernel that runs, when it is in the cache; else why there is none."""
+def view_of(config: Config, release: Release, build_id: str) -> tuple[TargetView | None, str]:
+    """The target of that build ('': of any) in the cache; None when there is none of use, and why."""
     from kmend.kernel.prepared import open_target
     from kmend.view import TargetView
 
     try:
-        target = open_target(config, Release(kernel.release))
-        if target.build_id != kernel.build_id:
-            return None, f"{target.release} in the cache is another build than the one that runs"
+        target = open_target(config, release)
+        if build_id and target.build_id != build_id:
+            return None, f"{target.release} in the cache is another build than {build_id[:12]}…"
         view = TargetView(config, target)
         view.layout  # noqa: B018 - a cache that cannot tell it is of no use here
     except KmendError as error:
@@ -183,6 +185,19 @@ def _layout(place: Place, view: TargetView | None) -> Layout | None:
         return running.layout(place)
     except KmendError:
         return None
+
+
+def contents_of(path: str) -> bytes:
+    """What is in a module's file.
+
+    Raises:
+        UsageError, Failed: as :func:`kmend.runtime.act.open_module` and :func:`contents`.
+    """
+    fd = act.open_module(path)
+    try:
+        return contents(fd, path)
+    finally:
+        os.close(fd)
 
 
 def contents(fd: int, path: str) -> bytes:

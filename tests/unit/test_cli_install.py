@@ -17,7 +17,7 @@ from test_persistence import RELEASE, module
 
 from kmend import boot as booting
 from kmend import candidate as candidates
-from kmend import installer, storing
+from kmend import examine, installer, storing
 from kmend.action import Following
 from kmend.boot import Boot
 from kmend.candidate import LASTING, Candidate, look
@@ -986,6 +986,8 @@ def test_without_sys_what_the_kernel_allows_is_not_checked(
     (tmp_path / "a.ko").write_bytes(b"a")
     file = candidate("a").module
     monkeypatch.setattr(candidates, "read_module_file", lambda *_: file)
+    monkeypatch.setattr(examine, "read_module_file", lambda *_: file)
+    monkeypatch.setattr(candidates, "read", lambda *_: None)
     monkeypatch.setattr(candidates, "look", look)
     shutil.rmtree(machine.place.sys / "kernel/livepatch")
     with pytest.raises(Unable) as error:  # such a kernel would refuse it at boot, too
