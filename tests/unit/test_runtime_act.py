@@ -204,13 +204,14 @@ def test_what_does_not_stop_is_let_go_at_the_deadline() -> None:
         # 1: a signal is about to be delivered; 2: never stops; 4: has ended
         return {1: int(signal.SIGTERM), 2: None, 4: 0}[tid]
 
-    said: dict[int, str] = {}
-
-    def say(word: wake._Word, tid: int, _number: int) -> None:
-        said[tid] = word.value
-
-    assert not wake._interrupt_all([1, 2, 3, 4], 0.02, say, ptrace, waitid)
-    assert said == {1: "interrupted", 2: "unstopped", 3: "refused", 4: "interrupted"}
+    board = wake.Board([1, 2, 3, 4])
+    assert not wake._interrupt_all([1, 2, 3, 4], 0.02, board, ptrace, waitid)
+    assert board.notes() == {
+        1: wake.Said.INTERRUPTED,
+        2: wake.Said.UNSTOPPED,
+        3: wake.Said.REFUSED + errno.EPERM,
+        4: wake.Said.INTERRUPTED,
+    }
     assert (wake.syscalls.PTRACE_DETACH, 1, signal.SIGTERM) in calls
 
 

@@ -13,7 +13,7 @@ does not:
 - A task that sleeps uninterruptibly does not stop. It is waited for with a deadline; then the helper ends.
 - Seizing may wait without limit: ``ptrace_attach()`` takes the mutex that ``execve(2)`` holds while it reads
   the new program, perhaps from a file system that does not answer, and while it waits for the other threads
-  to end, of which the helper may hold one. A helper that is not heard of for a while is killed (its wait can
+  to end, of which the helper may hold one. A helper that makes no step for a while is killed (its wait can
   be), and that task is left alone.
 - A signal that arrives just then stops the task before it is delivered. It is let go with that very signal;
   until then the kernel keeps it (``WNOWAIT``), so that it is not lost when the helper is killed.
@@ -28,16 +28,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import select
 import signal
+import struct
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import IntEnum
 from types import FrameType
 from typing import NoReturn
 
@@ -48,7 +50,7 @@ from kmend.runtime import restart, syscalls
 BATCH = 32
 #: Seconds that a batch may take to stop; an interruptible sleeper needs well under a millisecond.
 LIMIT = 0.5
-#: Seconds beyond that limit without a word of the helper's, after which it is killed.
+#: Seconds beyond that limit without a step of the helper's, after which it is killed.
 SILENCE = 1.0
 #: Seconds between two looks at those that have not stopped.
 _PAUSE = 0.0005
@@ -56,26 +58,66 @@ _PAUSE = 0.0005
 _STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 #: ``waitid(2)``'s status of a seized thread that stops for us (``PTRACE_EVENT_STOP``), shifted by 8.
 _EVENT_STOP = 128
-#: So many bytes of the helper's words are read at once.
-_WORDS = 1 << 16
+#: Seconds between two looks at whether the helper still makes steps; its end is seen at once.
+_TICK = 0.1
+#: So many are seized before those that have stopped are let go of: more often costs more than it helps.
+_FEW = 8
 
 
-class _Word(Enum):
-    """What the helper says, each about one thread."""
+class Said(IntEnum):
+    """What the helper has noted of a thread. Beyond these: with what error number it could not be seized."""
 
-    #: what comes next may not come back
-    AT = "at"
-    INTERRUPTED = "interrupted"
-    RESTARTED = "restarted"
-    #: with the error number
-    REFUSED = "refused"
-    #: not within the limit
-    UNSTOPPED = "unstopped"
-    #: of no thread: this batch is over
-    BATCH = "batch"
+    NOTHING = 0
+    INTERRUPTED = 1
+    RESTARTED = 2
+    UNSTOPPED = 3
+    REFUSED = 16
 
 
-Say = Callable[[_Word, int, int], None]
+class Board:
+    """Memory that kmend and its helper share: no system call, so it costs nothing to note something.
+
+    ``steps`` grows with every step of the helper's; ``at`` is the thread (its place in ``tids``) at which
+    what comes next may not come back, None between two batches.
+    """
+
+    def __init__(self, tids: Sequence[int]) -> None:
+        """
+        Raises:
+            OSError: there is no memory.
+        """
+        self._place = {tid: at for at, tid in enumerate(tids)}
+        self._memory = mmap.mmap(-1, _HEAD.size + 2 * len(tids))
+
+    @property
+    def head(self) -> tuple[int, int | None]:
+        """``steps`` and ``at``."""
+        steps, at = _HEAD.unpack_from(self._memory)
+        return steps, at - 1 if at else None
+
+    def comes(self, tid: int | None) -> None:
+        """What comes next is about this thread; None: a batch is over."""
+        steps, _ = _HEAD.unpack_from(self._memory)
+        _HEAD.pack_into(self._memory, 0, steps + 1, 0 if tid is None else self._place[tid] + 1)
+
+    def note(self, tid: int, said: int) -> None:
+        """What has become of a thread."""
+        steps, at = _HEAD.unpack_from(self._memory)
+        _NOTE.pack_into(self._memory, _HEAD.size + _NOTE.size * self._place[tid], said)
+        _HEAD.pack_into(self._memory, 0, steps + 1, at)
+
+    def notes(self) -> dict[int, int]:
+        """What is noted of all threads."""
+        rows = _NOTE.iter_unpack(self._memory[_HEAD.size :])
+        return {tid: said for tid, (said,) in zip(self._place, rows, strict=True)}
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+
+
+#: The head of the board (steps, place of the thread plus one), and what is noted of each thread.
+_HEAD, _NOTE = struct.Struct("=QI"), struct.Struct("=H")
 Ptrace = Callable[[int, int, int], int]
 #: ``None``: it has not stopped; else how it stopped: 0 for an end, the number of an event shifted by 8 with
 #: SIGTRAP or the group's signal, or the signal that is about to be delivered.
@@ -138,59 +180,45 @@ def _unstopped() -> Iterator[None]:
 
 def _by_helper(tids: Sequence[int], limit: float, woken: Woken) -> list[int]:
     """Have a helper interrupt them; what is left to do for another one."""
-    left = dict.fromkeys(tids)
     try:
-        reading, writing = os.pipe()
+        board = Board(tids)
     except OSError as error:
         woken.failed |= dict.fromkeys(tids, f"no helper: {error.strerror}")
         return []
-    kmend = os.getpid()
     try:
-        with warnings.catch_warnings():
-            # Python 3.12 warns of forks where threads run; the helper takes no lock that one could hold
-            warnings.simplefilter("ignore", DeprecationWarning)
-            helper = os.fork()
+        helper, end = _forked(tids, limit, board)
     except OSError as error:
-        os.close(reading)
-        os.close(writing)
+        board.close()
         woken.failed |= dict.fromkeys(tids, f"no helper: {error.strerror}")
         return []
-    if helper == 0:
-        _helper(tids, limit, kmend, reading, writing)
-    os.close(writing)
     killed = False
     try:
-        last = 0
-        for word, tid, number in _heard(reading, limit + SILENCE):
-            match word:
-                case _Word.AT:
-                    last = tid
-                    continue
-                case _Word.BATCH:
-                    last = 0
-                    continue
-                case _Word.INTERRUPTED:
-                    woken.interrupted.append(tid)
-                case _Word.RESTARTED:
-                    woken.interrupted.append(tid)
-                    woken.restarted.append(tid)
-                case _Word.REFUSED:
-                    woken.failed[tid] = _refused(number)
-                case _Word.UNSTOPPED:
-                    woken.failed[tid] = f"it did not stop within {limit:g} s: it sleeps uninterruptibly"
-            left.pop(tid, None)
-        # silent: killed. Ended by itself: all is said, or something did not stop (or somebody killed it)
-        killed = not _ended(helper)
-        if killed and last in left:
-            woken.failed[last] = "it cannot be reached: its process is executing another program"
-            del left[last]
+        killed = not _watched(end, board, limit + SILENCE)
     finally:
-        os.close(reading)  # at Ctrl-C: the helper's next word ends it
+        os.close(end)
+        # at Ctrl-C it gets the time for what it is at
         _end(helper, 0.0 if killed else limit + SILENCE)
+    left = []
+    for tid, said in board.notes().items():
+        match said:
+            case Said.NOTHING:
+                left.append(tid)
+            case Said.INTERRUPTED | Said.RESTARTED:
+                woken.interrupted.append(tid)
+                woken.restarted += [tid] if said == Said.RESTARTED else []
+            case Said.UNSTOPPED:
+                woken.failed[tid] = f"it did not stop within {limit:g} s: it sleeps uninterruptibly"
+            case _:
+                woken.failed[tid] = _refused(said - Said.REFUSED)
+    _, at = board.head
+    board.close()
+    if killed and at is not None and tids[at] in left:
+        woken.failed[tids[at]] = "it cannot be reached: its process is executing another program"
+        left.remove(tids[at])
     if len(left) == len(tids):
         woken.failed |= dict.fromkeys(left, "the helper that was to interrupt it ended before")
         return []
-    return list(left)
+    return left
 
 
 def _refused(number: int) -> str:
@@ -199,28 +227,40 @@ def _refused(number: int) -> str:
     return os.strerror(number)
 
 
-def _heard(reading: int, silence: float) -> Iterator[tuple[_Word, int, int]]:
-    """What the helper says, until it ends or says nothing for so many seconds."""
-    text = b""
+def _forked(tids: Sequence[int], limit: float, board: Board) -> tuple[int, int]:
+    """A helper at work: its number, and a descriptor that comes to its end when the helper does.
+
+    Raises:
+        OSError: there can be none.
+    """
+    reading, writing = os.pipe()
+    kmend = os.getpid()
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forks where threads run; the helper takes no lock that one could hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            helper = os.fork()
+    except OSError:
+        os.close(reading)
+        os.close(writing)
+        raise
+    if helper == 0:
+        _helper(tids, limit, kmend, board)
+    os.close(writing)
+    return helper, reading
+
+
+def _watched(end: int, board: Board, silence: float) -> bool:
+    """Wait for the helper's end; False: it has made no step for so many seconds."""
     poll = select.poll()
-    poll.register(reading, select.POLLIN)
-    while poll.poll(silence * 1000):
-        data = os.read(reading, _WORDS)
-        if not data:
-            return
-        *lines, text = (text + data).split(b"\n")
-        for line in lines:
-            word, tid, number = line.decode().split()
-            yield _Word(word), int(tid), int(number)
-
-
-def _ended(helper: int) -> bool:
-    """Whether it has ended by itself, or is about to: it has closed its side."""
-    deadline = time.monotonic() + 0.1
-    while os.waitid(os.P_PID, helper, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if time.monotonic() >= deadline:
+    poll.register(end, select.POLLIN)
+    steps, since = board.head[0], time.monotonic()
+    while not poll.poll(_TICK * 1000):
+        now = time.monotonic()
+        if board.head[0] != steps:
+            steps, since = board.head[0], now
+        elif now - since >= silence:
             return False
-        time.sleep(_PAUSE)
     return True
 
 
@@ -238,60 +278,59 @@ def _end(helper: int, patience: float) -> None:
 # -- the helper's side -----------------------------------------------------------------------------
 
 
-def _helper(tids: Sequence[int], limit: float, kmend: int, reading: int, writing: int) -> NoReturn:
+def _helper(tids: Sequence[int], limit: float, kmend: int, board: Board) -> NoReturn:
     """What the helper does; it does not return. Its end lets go of everything that it has seized."""
     try:
         # kmend acts on them, and the helper soon ends
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         syscalls.die_with_parent()
-        os.close(reading)
-
-        def say(word: _Word, tid: int, number: int) -> None:
-            os.write(writing, f"{word.value} {tid} {number}\n".encode())
-
         at, free = 0, os.getppid() == kmend  # else it died before it would have taken the helper with it
         while free and at < len(tids):
-            free = _interrupt_all(tids[at : at + BATCH], limit, say, syscalls.ptrace, _stopped)
-            say(_Word.BATCH, 0, 0)
+            free = _interrupt_all(tids[at : at + BATCH], limit, board, syscalls.ptrace, _stopped)
+            board.comes(None)
             at += BATCH
     finally:
         os._exit(0)
 
 
-def _interrupt_all(tids: Sequence[int], limit: float, say: Say, ptrace: Ptrace, waitid: Waitid) -> bool:
+def _interrupt_all(tids: Sequence[int], limit: float, board: Board, ptrace: Ptrace, waitid: Waitid) -> bool:
     """One batch; whether nothing is held any more."""
     # looks into tasks' memory, which may take its time: before anything is held
     foretold: dict[int, restart.Call | None] = {}
     for tid in tids:
-        say(_Word.AT, tid, 0)
+        board.comes(tid)
         foretold[tid] = restart.foretell(f"/proc/{tid}")
     held: list[int] = []
-    for tid in tids:
-        say(_Word.AT, tid, 0)
+
+    def let_go() -> list[int]:
+        return [tid for tid in held if not _let_go(tid, foretold[tid], board, ptrace, waitid)]
+
+    for at, tid in enumerate(tids, 1):
+        board.comes(tid)
         number = ptrace(syscalls.PTRACE_SEIZE, tid, 0)
         if number == 0:
             ptrace(syscalls.PTRACE_INTERRUPT, tid, 0)  # ESRCH: it has ended, and is waited for all the same
             held.append(tid)
         elif number == errno.ESRCH:
-            say(_Word.INTERRUPTED, tid, 0)
+            board.note(tid, Said.INTERRUPTED)
         else:
-            say(_Word.REFUSED, tid, number)
-        # none is held for longer than it must be: seizing the next one may take its time
-        held = [one for one in held if not _let_go(one, foretold[one], say, ptrace, waitid)]
+            board.note(tid, Said.REFUSED + number)
+        if at % _FEW == 0:  # seizing the next one may take its time
+            held = let_go()
     deadline = time.monotonic() + limit
     while held:
-        held = [tid for tid in held if not _let_go(tid, foretold[tid], say, ptrace, waitid)]
+        held = let_go()
         if held and time.monotonic() >= deadline:
             for tid in held:
-                say(_Word.UNSTOPPED, tid, 0)
+                board.note(tid, Said.UNSTOPPED)
             return False
         if held:
             time.sleep(_PAUSE)
     return True
 
 
-def _let_go(tid: int, foretold: restart.Call | None, say: Say, ptrace: Ptrace, waitid: Waitid) -> bool:
+def _let_go(tid: int, foretold: restart.Call | None, board: Board, ptrace: Ptrace, waitid: Waitid) -> bool:
     """Let go of a thread that has stopped; whether nothing more is to be done about it."""
     try:
         stop = waitid(tid)
@@ -299,14 +338,14 @@ def _let_go(tid: int, foretold: restart.Call | None, say: Say, ptrace: Ptrace, w
         stop = 0
     if stop is None:
         return False
-    word = _Word.INTERRUPTED
+    said = Said.INTERRUPTED
     if stop:
         # a stop of our making, or a group's stop, has an event; else a signal is about to be delivered
         event, deliver = stop >> 8, stop & 0xFF
         if event == _EVENT_STOP and restart.begin_anew(tid, foretold):
-            word = _Word.RESTARTED
+            said = Said.RESTARTED
         ptrace(syscalls.PTRACE_DETACH, tid, 0 if event else deliver)
-    say(word, tid, 0)
+    board.note(tid, said)
     return True
 
 
