@@ -53,6 +53,7 @@ from kmend.klp.structs import (
 )
 from kmend.module.describe import KLP_SYMBOL, Description, FuncRow, ObjectFuncs, klp_symbols
 from kmend.runtime import act, answers, blockers, probes
+from kmend.runtime.follow import Patience
 from kmend.runtime.frames import Seeker
 from kmend.runtime.inside import Looks, looks
 from kmend.runtime.place import Place, optional
@@ -63,8 +64,8 @@ from kmend.runtime.symbols import RunningSymbol, SymbolTable
 SAMPLES = 5
 #: A transition that has not ended on the model after so many seconds is not known to end.
 HORIZON = 60.0
-#: `kmend load` interrupts sleepers so many seconds after it began to follow (``Patience.before_waking``).
-WAKING = 0.2
+#: `kmend load` interrupts sleepers so many seconds after it began to follow.
+WAKING = Patience().before_waking
 #: How many tasks a sentence names.
 _SHOWN = 3
 #: Where the model lays the code that it makes itself: no kernel address is as low.

@@ -54,14 +54,15 @@ class Patience:
     ``limit``: until the transition counts as stalled; ``finishing``: until it does when every task has
     switched, and the kernel alone is to be waited for. It then synchronises all processors and, for
     unpatching, waits for a grace period of RCU-tasks for each function (29 functions took 5.3 s); turning it
-    round would only wait for the same. ``before_waking``: how long tasks get to leave by themselves.
+    round would only wait for the same. ``before_waking``: how long tasks get to leave by themselves;
+    not longer, as the kernel's first retry comes a second after it began, and finds what sleeps still there.
     ``wake``: whether tasks may be interrupted at all; ``io_uring``: also those in an ``io_uring_enter()``
     that cannot be restarted unseen: it then returns EINTR, or that it has submitted and not waited.
     """
 
     limit: float = 60.0
     finishing: float = 300.0
-    before_waking: float = 0.2
+    before_waking: float = 0.05
     wake: bool = True
     io_uring: bool = False
 
