@@ -42,7 +42,6 @@ from kmend.runtime.symbols import RunningSymbol, SymbolTable
 
 #: Addresses in the image's table of relocations have their upper half cut off.
 _UPPER = 0xFFFFFFFF00000000
-_MASK = 0xFFFFFFFFFFFFFFFF
 #: What is rewritten at a place; kinds are small numbers, so that places of all tables sort as integers.
 _CALL, _LOCK, _SEAL, _WORD, _ENTRY, _JUMP_LABEL, _OTHER = range(7)
 _KINDS = 8

@@ -113,9 +113,8 @@ class Follower:
                 next_count = counted + max(_SWEEP, 4 * (counted - now))
                 if seen is not None and seen.pending and (over or now >= next_look):
                     knew = self._knows_aliases()
-                    woken = self._look(
-                        seen, over
-                    )  # at the limit: what holds it up now is what the user is told
+                    # at the limit: what holds it up now is what the user is told
+                    woken = self._look(seen, over)
                     # reading all symbols comes once
                     took = self.clock() - counted if knew is self._knows_aliases() else 0.0
                     next_look = self.clock() + max(_SWEEP, 4 * took)
