@@ -362,6 +362,11 @@ def test_when_all_tasks_have_switched_the_kernel_gets_more_time(place: Place) ->
     found = follower(Kernel(place, script), Phase.PATCHING, 4, []).run()
     assert found.end is End.COMPLETE
     assert found.seconds > 99
+    # none is left, and none comes back: it is looked at no more often than the kernel does
+    done = [row.seconds for row in found.samples if row.left == 0]
+    assert len(done) > 20
+    (at_the_limit,) = (later for at, later in pairwise(done) if later - at < 1.0)
+    assert at_the_limit == pytest.approx(4.0, abs=0.1)
     write(place.livepatch / "fix/transition", "1\n")
     found = follower(Kernel(place, {}), Phase.PATCHING, 4, []).run()
     assert (found.end, found.last) == (End.STALLED, None)

@@ -110,7 +110,9 @@ class Follower:
                 late = over
                 seen = self._count()
                 counted = self.clock()
-                next_count = counted + max(_SWEEP, 4 * (counted - now))
+                # a task that has switched stays so: with none left the kernel's next retry is waited for
+                pause = _SWEEP if seen is None or seen.pending else _RETRY
+                next_count = counted + max(pause, 4 * (counted - now))
                 if seen is not None and seen.pending and (over or now >= next_look):
                     knew = self._knows_aliases()
                     # at the limit: what holds it up now is what the user is told
