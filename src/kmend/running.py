@@ -28,8 +28,7 @@ from kmend.core.target import VMLINUX
 from kmend.elf.model import STT_FUNC, ElfFile
 from kmend.elf.reader import read
 from kmend.elf.x86_64 import ROWS
-from kmend.kernel import libzstd
-from kmend.kernel.image import ELF_MAGIC, extract_vmlinux, read_build_id
+from kmend.kernel.image import extract_vmlinux, read_build_id
 from kmend.kernel.modules import unpack
 from kmend.kernel.vmlinux import Image
 from kmend.module.layout import Layout
@@ -491,7 +490,7 @@ def boot_image(release: str, wanted: str, boot: Path = Path("/boot")) -> Image:
         packed = path.read_bytes()
     except OSError as error:
         raise Unable(f"{path} cannot be read", why=error.strerror or str(error), rule="no-image") from error
-    vmlinux = _unpacked(packed)
+    vmlinux = extract_vmlinux(packed)
     found = read_build_id(vmlinux)
     if found != wanted:
         raise Unable(
@@ -507,16 +506,6 @@ def boot_image(release: str, wanted: str, boot: Path = Path("/boot")) -> Image:
         return Image.open(Path(f"/proc/self/fd/{fd}"))
     finally:
         os.close(fd)
-
-
-def _unpacked(packed: bytes) -> bytes:
-    try:
-        return extract_vmlinux(packed)
-    except Unable:  # for want of a Python package, which a server that only loads patches need not have
-        vmlinux = libzstd.unpack_inside(packed, ELF_MAGIC)
-        if vmlinux is None:
-            raise
-        return vmlinux
 
 
 def module_file(release: str, name: str, modules: Path = Path("/lib/modules")) -> ElfFile | None:

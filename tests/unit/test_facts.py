@@ -10,14 +10,13 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-import zstandard
 
 from kmend import facts, running
 from kmend.core.errors import Failed, Refusal, Unable
 from kmend.elf.model import ElfFile, Reloc, Section, Symbol
 from kmend.elf.reader import read
 from kmend.facts import RunningFacts
-from kmend.kernel import libzstd, symvers
+from kmend.kernel import symvers
 from kmend.kernel.symvers import Export, ImageExports
 from kmend.kernel.vmlinux import Image
 from kmend.module.describe import Description, FuncRow, ObjectFuncs
@@ -124,17 +123,6 @@ def test_exports_of_a_module() -> None:
     for damaged in (module(b""), module(bytes(4), where=1)):
         with pytest.raises(Failed, match="what fix exports"):
             symvers.of_module(damaged, "fix")
-
-
-def test_zstd_by_the_library() -> None:
-    plain = b"\x7fELF" + bytes(range(256)) * 100_000
-    packed = zstandard.compress(plain)
-    assert libzstd.decompress(packed + b"behind it") == plain
-    assert libzstd.unpack_inside(libzstd.MAGIC + b"no frame" + packed + bytes(4), b"\x7fELF") == plain
-    assert libzstd.unpack_inside(packed, b"other") is None
-    for wrong, why in ((packed[:-9], "cut short"), (b"no frame at all", "damaged"), (b"", "cut short")):
-        with pytest.raises(ValueError, match=why):
-            libzstd.decompress(wrong)
 
 
 def elf() -> bytes:

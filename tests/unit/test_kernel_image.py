@@ -9,13 +9,14 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import lz4.block
 import pytest
 import zstandard
 
 from kmend.core.errors import Failed, Unable
-from kmend.kernel import image
+from kmend.kernel import image, zstd
 
 BANNER = (
     b"Linux version 6.1.0-55-amd64 (debian-kernel@lists.debian.org) "
@@ -88,17 +89,37 @@ def test_an_image_cut_short_yields_nothing(name: str, pack: Callable[[bytes], by
     assert caught.value.rule == "no-vmlinux"
 
 
-@pytest.mark.parametrize("package", ["zstandard", "lz4.block"])
-def test_a_decompressor_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    pack = {"zstandard": zstandard.compress, "lz4.block": legacy_lz4}[package]
-    monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
+@pytest.mark.parametrize("name", ["zstd", "lz4"])
+def test_a_decompressor_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def no_library(name: str) -> NoReturn:
+        raise OSError(name)
+
+    monkeypatch.setattr(zstd.ctypes, "CDLL", no_library)
+    zstd._library.cache_clear()
+    for package in ("zstandard", "lz4.block"):
+        monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
     with pytest.raises(Unable) as caught:
-        image.extract_vmlinux(bzimage(pack(ELF)))
+        image.extract_vmlinux(bzimage(dict(PACKERS)[name](ELF)))
     assert caught.value.rule == "missing-tool"
-    assert package.partition(".")[0] in caught.value.why
+    assert name in caught.value.why
+    assert name in caught.value.next_step
     # its magic number by chance in an image that is packed otherwise
     misled = bytes(16) + image.PACKINGS[4].magic + image.PACKINGS[5].magic + bytes(64)
     assert image.extract_vmlinux(misled + gzip.compress(ELF))[: len(ELF)] == ELF
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_zstd_by_the_package_and_by_the_library(monkeypatch: pytest.MonkeyPatch, package: bool) -> None:
+    plain = ELF + bytes(range(256)) * 100_000
+    packed = zstandard.compress(plain)
+    if not package:
+        monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert zstd.decompress(packed + b"behind it") == plain
+    image_of = b"\x28\xb5\x2f\xfd no frame" + packed + bytes(4)
+    assert image.extract_vmlinux(image_of) == plain
+    for wrong in (packed[:-9], b"no frame at all", b""):
+        with pytest.raises(ValueError, match=r"cut short|damaged|error"):
+            zstd.decompress(wrong)
 
 
 def test_a_magic_number_by_chance_does_not_mislead() -> None:

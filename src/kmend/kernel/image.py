@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kmend.core.errors import Failed, Unable
+from kmend.kernel import zstd
 
 ELF_MAGIC = b"\x7fELF"
 PT_NOTE = 4
@@ -66,31 +67,16 @@ def _bzip2(data: bytes) -> bytes:
     return _whole(bz2.BZ2Decompressor(), data)
 
 
-def _zstd(data: bytes) -> bytes:
-    try:
-        import zstandard  # noqa: PLC0415 - only kernels of newer lines need it
-    except ImportError as error:
-        raise _missing("zstandard") from error
-    try:
-        return _whole(zstandard.ZstdDecompressor().decompressobj(), data)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
-
-
-def _missing(package: str) -> Unable:
-    return Unable(
-        "the kernel image cannot be unpacked",
-        why=f"the Python package {package} is missing",
-        next_step=f"apt install python3-{package}, or pip install {package}",
-        rule="missing-tool",
-    )
-
-
 def _lz4(data: bytes) -> bytes:
     try:
         import lz4.block  # noqa: PLC0415 - hardly any kernel needs it
     except ImportError as error:
-        raise _missing("lz4") from error
+        raise Unable(
+            "the kernel image cannot be unpacked",
+            why="the Python package lz4 is missing",
+            next_step="apt install python3-lz4, or pip install lz4",
+            rule="missing-tool",
+        ) from error
     out: list[bytes] = []
     at, total = 4, 0
     while at + 4 <= len(data):
@@ -124,7 +110,7 @@ PACKINGS = (
     Packing("bzip2", b"BZh", _bzip2),
     Packing("lzma", b"\x5d\x00\x00\x00", _lzma),
     Packing("lz4", b"\x02\x21\x4c\x18", _lz4),
-    Packing("zstd", b"\x28\xb5\x2f\xfd", _zstd),
+    Packing("zstd", b"\x28\xb5\x2f\xfd", zstd.decompress),
 )
 
 _UNPACK_ERRORS = (ValueError, EOFError, OSError, zlib.error, lzma.LZMAError)

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from kmend.core.errors import Failed, Unable
+from kmend.core.errors import Failed
 from kmend.core.files import write_atomically
 from kmend.core.progress import Progress
 from kmend.core.target import ModuleFile, Target
+from kmend.kernel import zstd
 from kmend.kernel.symvers import module_name
 
 INDEX = "modules.txt"
@@ -93,26 +94,10 @@ def unpack(path: Path) -> bytes:
 
                 return gzip.decompress(data)
             case ".zst":
-                return _unzstd(path, data)
+                return zstd.decompress(data)
             case _:
                 return data
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise _bad(str(path), str(error)) from error
-
-
-def _unzstd(path: Path, data: bytes) -> bytes:
-    try:
-        import zstandard  # noqa: PLC0415 - only where a distribution compresses so
-    except ImportError as error:
-        raise Unable(
-            f"{path} cannot be decompressed",
-            why="the Python package zstandard is missing",
-            next_step="pip install zstandard",
-            rule="missing-tool",
-        ) from error
-    try:
-        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
-    except zstandard.ZstdError as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise _bad(str(path), str(error)) from error
 
 

@@ -1,7 +1,7 @@
-"""zstd by the C library: Debian's dpkg depends on it, so a server has it without any Python package.
+"""Unpacking zstd: by the Python package zstandard, else by the C library.
 
-Kernels of Debian's 6.12 line are packed so (``CONFIG_KERNEL_ZSTD``); Python has no decoder of its own before
-3.14. Interface: zstd.h, "Streaming decompression".
+Debian's dpkg depends on the library, so a server has it without any Python package; Python has no decoder of
+its own before 3.14. The package unpacks faster. Interface of the library: zstd.h, "Streaming decompression".
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import lru_cache
 
 from kmend.core.errors import Unable
 
-MAGIC = b"\x28\xb5\x2f\xfd"
 #: So much is unpacked at once.
 _CHUNK = 8 << 20
 
@@ -20,6 +19,27 @@ class _Buffer(ctypes.Structure):
     """``ZSTD_inBuffer`` and ``ZSTD_outBuffer``: place, size, how much of it is used."""
 
     _fields_ = (("place", ctypes.c_void_p), ("size", ctypes.c_size_t), ("used", ctypes.c_size_t))
+
+
+def decompress(data: bytes) -> bytes:
+    """The frame at the beginning of ``data``; what follows it is passed over.
+
+    Raises:
+        ValueError: it is damaged or cut short, or there is no room to unpack it.
+        Unable: (rule ``missing-tool``) neither the package nor the library is there.
+    """
+    try:
+        import zstandard  # noqa: PLC0415 - a server that only loads patches has not got it
+    except ImportError:
+        return _by_library(data)
+    decoder = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        out = decoder.decompress(data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    if not decoder.eof:
+        raise ValueError("cut short")
+    return out
 
 
 @lru_cache(maxsize=1)
@@ -34,20 +54,14 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise Unable(
             "zstd cannot be unpacked",
-            why=str(error),
-            next_step="apt install libzstd1",
+            why=f"there is no Python package zstandard, and of the library: {error}",
+            next_step="apt install libzstd1 (or python3-zstandard)",
             rule="missing-tool",
         ) from error
     return library
 
 
-def decompress(data: bytes) -> bytes:
-    """The frame at the beginning of ``data``; what follows it is passed over.
-
-    Raises:
-        ValueError: it is damaged or cut short, or there is no room to unpack it.
-        Unable: (rule ``missing-tool``) the library is not there.
-    """
+def _by_library(data: bytes) -> bytes:
     library = _library()
     stream = library.ZSTD_createDStream()
     if not stream:
@@ -68,21 +82,3 @@ def decompress(data: bytes) -> bytes:
                 raise ValueError("cut short")
     finally:
         library.ZSTD_freeDStream(stream)
-
-
-def unpack_inside(image: bytes, begins: bytes) -> bytes | None:
-    """What the first frame in ``image`` unpacks to that begins so; None: there is no such frame.
-
-    Raises:
-        Unable: (rule ``missing-tool``) the library is not there.
-    """
-    at = image.find(MAGIC)
-    while at >= 0:
-        try:
-            found = decompress(image[at:])
-        except ValueError:
-            found = b""
-        if found.startswith(begins):
-            return found
-        at = image.find(MAGIC, at + 1)
-    return None
