@@ -97,17 +97,17 @@ class Follower:
         """Follow it to its end, or to the limit. Nothing is undone when the limit is reached."""
         self._began = self.clock()
         # the sooner what sleeps is woken, the sooner the kernel's next retry finds nothing in its way
-        next_count = next_look = self._began + min(_SWEEP, self.patience.before_waking)
-        deadline, late, extended = self._began + self.patience.limit, False, False
+        next_look = self._began + min(_SWEEP, self.patience.before_waking)
+        deadline, extended = self._began + self.patience.limit, False
+        next_count = min(next_look, deadline)
         self.progress.step(f"{self.goal.value} {self.name}: waiting for tasks to switch")
         while True:
             end = self._end()
             now = self.clock()
             if end is not None:
                 return self._followed(end, now)
-            over = now >= deadline
-            if now >= next_count or (over and not late):
-                late = over
+            if now >= next_count:
+                over = now >= deadline
                 seen = self._count()
                 counted = self.clock()
                 # a task that has switched stays so: with none left the kernel's next retry is waited for
@@ -121,9 +121,11 @@ class Follower:
                     took = self.clock() - counted if knew is self._knows_aliases() else 0.0
                     next_look = self.clock() + max(_SWEEP, 4 * took)
                     if over and woken and not extended:  # the kernel finds that out at its next retry
-                        deadline, extended, late, over = self.clock() + _AGAIN, True, False, False
+                        deadline, extended, over = self.clock() + _AGAIN, True, False
                 if over and (self._last is not None or self._seconds() >= self._longest()):
                     return self._followed(End.STALLED, self.clock())
+                if not over:
+                    next_count = min(next_count, deadline)
             self.sleep(_TICK)
 
     def _knows_aliases(self) -> bool:
