@@ -113,8 +113,7 @@ class Boot:
                 command.refused(row.name, report.why, report.refused)
             else:
                 report = self._load(found.store, row, following, command)
-            begun = report.result is Result.PENDING and not following.wait
-            if report.result is not Result.DONE and not begun:
+            if report.result is not Result.DONE:
                 why = f"was not loaded, as it comes after {row.name}"
                 for one in after:
                     if one.name not in here:

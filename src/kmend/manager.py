@@ -148,7 +148,7 @@ class Manager(Actor):
         """Finish what another run began with this very module; None: there is nothing to finish."""
         if there.phase is not Phase.PATCHING and not (there.phase is Phase.ENABLED and interrupted):
             return None
-        found = interrupted[-1].detail.get("before") if interrupted else None
+        found = next((row.detail["before"] for row in reversed(interrupted) if "before" in row.detail), None)
         before = set(map(str, found)) if isinstance(found, list) else set()
         detail: dict[str, object] = {
             "file": str(Path(module.path).absolute()),
@@ -177,7 +177,8 @@ class Manager(Actor):
             self._remove_quietly(run, name)
             return self._report(run, Result.DONE, f"{name} is taken back, as was begun before it is loaded")
 
-        detail: dict[str, object] = {"sha256": module.sha256, **_terms(following)}
+        file = str(Path(module.path).absolute())
+        detail: dict[str, object] = {"file": file, "sha256": module.sha256, **_terms(following)}
         return self._perform("load", name, "ends the taking back that was begun", detail, seen, work)
 
     def _patched(self, run: Run, following: Following, before: set[str]) -> ActionReport:
@@ -236,10 +237,16 @@ class Manager(Actor):
         return self._take_back("unload", name, following)
 
     def loaded(self) -> tuple[str, ...]:
-        """All patches and what is left of former ones, the top of the stack first; at the end what stays."""
+        """All patches and what is left of former ones, in the order in which they can be taken back.
+
+        First the one that moves, as no other can be while it does; then the top of the stack; at the end what
+        stays.
+        """
         seen = self._observe(holding=False)
+        down = list(reversed(seen.patches))
+        patches = sorted(down, key=lambda row: not row.phase.moving)
         left = sorted(seen.left, key=lambda row: bool(row.pinned_by))
-        return tuple(row.name for row in (*reversed(seen.patches), *left))
+        return tuple(row.name for row in (*patches, *left))
 
     def close_killed(self, verb: str) -> None:
         """Write down the end of what killed runs began, where nothing is left to be done about it.
@@ -259,19 +266,13 @@ class Manager(Actor):
         act.require_power(self.place, verb)
         with self._acting(verb, name):
             seen = self._observe()
-            if seen.named(name) is None and any(
-                row.patch == name and row.result != journal.PENDING for row in seen.resumable
-            ):
-                # killed or interrupted when all was done but the last line of the journal
+            ended = [row for row in seen.resumable if row.patch == name and row.result != journal.PENDING]
+            if seen.named(name) is None and ended:
+                # killed or interrupted: before the kernel did it, or when all was done but the journal's line
+                had = ended[-1].verb
+                why = f"{name} is not loaded: the `kmend {had}` that was interrupted has left nothing of it"
                 return self._perform(
-                    verb,
-                    name,
-                    "it is not loaded",
-                    {},
-                    seen,
-                    lambda run: self._report(
-                        run, Result.DONE, f"{name} is gone: what was interrupted had done it"
-                    ),
+                    verb, name, "it is not loaded", {}, seen, lambda run: self._report(run, Result.DONE, why)
                 )
             patch = refusals.known(seen, name)
             moving = next((row for row in seen.patches if row.phase.moving and row.name != name), None)
@@ -365,7 +366,7 @@ class Manager(Actor):
         """
         act.require_power(self.place, "force")
         with self._acting("force", name):
-            seen = self._observe()
+            seen = self._observe(limit=sys.maxsize)
             patch = refusals.known(seen, name)
             if not patch.phase.moving:
                 return self._refused("force", name, seen, refusals.no_transition(patch))
@@ -378,6 +379,8 @@ class Manager(Actor):
             pins = _pins(patch, seen)
 
             def work(run: Run) -> ActionReport:
+                for line in refusals.held_by(seen.transition):
+                    run.step(f"left: {line}")
                 act.force(self.place, name, run.messages)
                 run.step(f"forced {tasks(left)}", forced=patch.phase.value, pins=pins)
                 found = run.follow(self._follower(run, patch.phase, Patience(limit=FORCED_LIMIT, wake=False)))

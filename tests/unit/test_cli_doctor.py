@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from kmend.core.errors import Failed
 from kmend.core.live import KernelState
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_every_library_is_looked_for() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = sorted(row.partition(">")[0] for row in wanted)
+    assert sorted(dist.lower() for _, dist in doctor.LIBRARIES) == names
 
 
 def test_the_list_is_sound() -> None:

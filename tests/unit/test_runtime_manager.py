@@ -287,6 +287,27 @@ def test_the_way_back_to_what_was_replaced(
     assert report.next_step == f"to go back to old: {words.format(file=file)}"
 
 
+def test_who_forces_is_shown_which_task_is_in_which_function(machine: Machine) -> None:
+    machine.patch(1, 1)
+    (machine.place.livepatch / "fix/vmlinux/f,1").mkdir(parents=True)
+    write(machine.place.proc / "self/patch_state", "1\n")
+    for number in range(30, 55):
+        task = machine.place.proc / f"{number}/task/{number}"
+        write(task / "stat", f"{number} (reader) S 1 1 1 0 -1 0 0 0")
+        write(task / "patch_state", "0\n")
+        write(task / "stack", "[<0>] f+0x1/0x9\n")
+    (row,) = machine.manager().force("fix", confirmed=False).refused
+    assert row.what == "fix was not forced: 25 tasks left, in f()"
+    named = row.why.splitlines()
+    assert named[0] == "30 (reader) sleeps inside f()"
+    assert (named[20], len(named)) == ("… and 5 more (kmend blockers)", 22)
+    assert named[21].startswith("forcing lets these tasks go on in code that does not fit")
+    machine.ends = [End.COMPLETE]
+    steps = [row.text for row in machine.manager().force("fix", confirmed=True).steps]
+    assert steps[0] == "left: 30 (reader) sleeps inside f()"
+    assert steps[-1] == "forced 25 tasks"
+
+
 def test_force_is_remembered_in_the_journal(machine: Machine) -> None:
     machine.patch(1, 1)
     assert machine.manager().force("fix", confirmed=False).result is Result.REFUSED
@@ -436,7 +457,9 @@ def test_the_same_command_goes_on_with_what_was_interrupted(machine: Machine) ->
         (machine.place.module("fix") / file).unlink()
     for file in ("enabled", "transition"):
         (machine.place.livepatch / "fix" / file).unlink()
-    assert machine.manager().unload("fix", Following()).result is Result.DONE
+    report = machine.manager().unload("fix", Following())
+    assert report.result is Result.DONE
+    assert report.why == "fix is not loaded: the `kmend unload` that was interrupted has left nothing of it"
     with pytest.raises(UsageError):  # from then on it is as unknown as any other
         machine.manager().unload("fix", Following())
 
@@ -448,6 +471,9 @@ def test_what_the_same_command_goes_on_with(result: str, tmp_path: Path) -> None
     assert [row.result for row in journal.resumable(book.records(), "b")] == [result]
     book.refused("load", "fix", by, "no", [])  # changes nothing
     assert [row.result for row in journal.resumable(book.records(), "b")] == [result]
+    book.begin("signal", "fix", by, "", {}).end("done", "")  # nor does this, where the patch goes
+    book.begin("signal", "fix", by, "", {})
+    assert [(row.verb, row.result) for row in journal.resumable(book.records(), "b")] == [("load", result)]
     book.begin("disable", "fix", by, "", {}).end("done", "")
     assert journal.resumable(book.records(), "b") == ()
 
@@ -585,6 +611,18 @@ def test_pinned_modules_are_the_last_to_be_unloaded(machine: Machine) -> None:
     forced.step("forced", forced="patching", pins=["late"])
     forced.end("done", "")
     assert machine.manager().loaded() == ("fix", "old", "late")
+
+
+def test_what_moves_is_the_first_to_be_taken_back(machine: Machine) -> None:
+    """The kernel makes one transition at a time."""
+    machine.patch(0, 1)
+    other_patch(machine)
+    write(machine.place.proc / "modules", "old 1 1 - Live 0x0\nfix 1 1 - Live 0x0\n")
+    assert [row.name for row in observe.observe(machine.place, machine.state).patches] == ["fix", "old"]
+    assert machine.manager().loaded() == ("fix", "old")
+    write(machine.place.livepatch / "fix/transition", "0\n")
+    write(machine.place.livepatch / "fix/enabled", "1\n")
+    assert machine.manager().loaded() == ("old", "fix")
 
 
 def test_a_load_that_is_gone_on_with_knows_its_callbacks(machine: Machine) -> None:

@@ -207,6 +207,12 @@ READ = "pipe_read+0x1/0x9"
         (replace(task(READ), io_worker=True), Cause.IO_URING, "pipe_read", False),
         (task("do_freezer_trap+0x1/0x2", READ), Cause.FROZEN, "pipe_read", False),
         (task("kernel_clone+0x1/0x2", READ, state="D"), Cause.VFORK, "pipe_read", False),
+        (
+            task("percpu_down_write+0x1/0x2", "kernel_clone+0x1/0x2", READ, state="D"),
+            Cause.UNINTERRUPTIBLE,
+            "pipe_read",
+            False,
+        ),
         (task("get_signal+0x1/0x2", READ), Cause.FROZEN, "pipe_read", False),
         (task(state="Z"), Cause.ENDED, "", False),
         (task(), Cause.UNKNOWN, "", False),

@@ -263,6 +263,10 @@ class Recorder:
         write_atomically(self.file, text.encode(errors="backslashreplace"), mode=0o640)
 
 
+#: One action of a command: what it is about, and what does it.
+Part = tuple[str, Callable[[], Sequence[ActionReport]]]
+
+
 def each(
     verb: str,
     names: Sequence[str],
@@ -271,19 +275,32 @@ def each(
     file: str | None = None,
 ) -> int:
     """Do it for each name in turn, up to the first that does not succeed; ``file`` is that of --report."""
+    recorder = Recorder(verb, file, context)
+    parts = [(name, lambda name=name: [work(name)]) for name in names]
+    reports, status = perform(verb, parts, context, recorder)
+    return tell(verb, recorder.write(reports), context) if status is None else status
+
+
+def perform(
+    verb: str, parts: Sequence[Part], context: Context, recorder: Recorder
+) -> tuple[list[ActionReport], int | None]:
+    """Do them in turn, up to the first that does not succeed: what came of them, for the caller to tell.
+
+    What was done before an error or a signal is told here: after an error with its exit status, else the
+    status is None.
+    """
     from kmend.report.action import succeeded
 
-    recorder = Recorder(verb, file, context)
     reports: list[ActionReport] = []
-    for name in names:
+    for name, work in parts:
         try:
             with recorder.watching(name, reports):
-                reports.append(work(name))
+                reports += work()
         except KmendError as error:
             if not reports:
                 raise  # all that there is to tell
             tell(verb, [*reports, ended(verb, name, error)], context)
-            return error.exit_status
+            return reports, error.exit_status
         except Exception:  # told where it is caught
             if reports:
                 tell(verb, reports, context)
@@ -291,9 +308,9 @@ def each(
         except BaseException as error:
             tell(verb, [*reports, ended(verb, name, error)], context)
             raise
-        if not succeeded(reports[-1]):
+        if not all(map(succeeded, reports)):
             break
-    return tell(verb, recorder.write(reports), context)
+    return reports, None
 
 
 def ended(verb: str, name: str, error: BaseException) -> ActionReport:

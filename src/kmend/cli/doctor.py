@@ -41,6 +41,7 @@ CHECKOUT = NEEDS.parents[3]
 LIBRARIES = (
     ("capstone", "capstone"),
     ("debian", "python-debian"),
+    ("jinja2", "Jinja2"),
     ("lz4", "lz4"),
     ("qemu.qmp", "qemu.qmp"),
     ("rich", "rich"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from kmend.action import Following
 from kmend.boot import Boot, tripped_words
-from kmend.cli.acting import Recorder, manager, tell
+from kmend.cli.acting import Part, Recorder, manager, perform, tell
 from kmend.cli.context import Context
 from kmend.core.errors import UsageError
 from kmend.core.live import ActionReport, printable
@@ -102,17 +103,23 @@ def uninstall(args: argparse.Namespace, installer: Installer, context: Context) 
             rule="usage",
         )
     names = [name.removesuffix(".ko") for name in args.name]
-    reports: list[ActionReport] = []
+    parts: list[Part] = []
+    gone: Sequence[str] = ()
     if args.unload:
         # Taken back first: killed in between, the patch is still installed, and the same command goes on.
         machine = manager(context)
         gone = installer.chosen(names)
-        for name in machine.loaded():
-            if name in gone:
-                reports.append(machine.unload(name, Following()))
-                if not succeeded(reports[-1]):
-                    return tell("uninstall", [*reports, *installer.kept(gone, reports[-1])], context)
-    reports += installer.uninstall(names, args.kernel)
+
+        def unload(name: str) -> Sequence[ActionReport]:
+            return [machine.unload(name, Following())]
+
+        parts = [(name, partial(unload, name)) for name in machine.loaded() if name in gone]
+    parts.append((" ".join(names) or "--all", partial(installer.uninstall, names, args.kernel)))
+    reports, status = perform("uninstall", parts, context, Recorder("uninstall", None, context))
+    if status is not None:
+        return status
+    if reports and reports[-1].verb == "unload" and not succeeded(reports[-1]):
+        reports += installer.kept(gone, reports[-1])
     return tell("uninstall", reports, context)
 
 

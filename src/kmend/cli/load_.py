@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Exit status 0: every module is in force; 1: one was refused, or was taken back."""
-    how = following(args, len(args.module))
+    how = following(args, 2 if args.all else len(args.module))
     if (
         args.all == bool(args.module)
         or (not args.all and (args.boot or args.retry))

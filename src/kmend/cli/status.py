@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -178,7 +179,8 @@ def unfinished_text(row: Record, seen: Seen) -> str:
         case _:
             patch = seen.named(row.patch)
             state = "it is not loaded" if patch is None else f"it is {patch.phase.value}"
-            command, now = f"{row.verb} {row.patch}", f"{row.patch}: {state} now"
+            what = shlex.quote(str(row.detail.get("file", row.patch))) if row.verb == "load" else row.patch
+            command, now = f"{row.verb} {what}", f"{row.patch}: {state} now"
             again += f", or `kmend unload {row.patch}`"
     who = f"{row.user} (process {row.pid})"
     return f"an action did not end: `kmend {command}` of {who} was killed; {now}. {again}"

@@ -38,6 +38,8 @@ _WAITS = (
     (("wait_for_completion", "__wait_for_common"), "a completion"),
     (("msleep", "schedule_timeout_uninterruptible", "usleep_range"), "its sleep to end"),
 )
+#: Where a vfork parent waits; the functions of waiting itself are not on a stack that /proc shows
+#: (``in_sched_functions()``), and wait_for_vfork_done() may be inlined (kernel/fork.c).
 _VFORK = ("kernel_clone", "_do_fork", "do_fork", "wait_for_vfork_done")
 _IO_URING = (
     "io_cqring_wait",
@@ -183,7 +185,9 @@ def _cause(task: Task, in_function: bool) -> Cause:
     if task.state == "R":
         return Cause.RUNNING
     if task.state == "D":
-        return Cause.VFORK if names & set(_VFORK) else Cause.UNINTERRUPTIBLE
+        # what waits deeper inside of it is about to make a process, and waits for something else
+        innermost = task.stack[0].function if task.stack else ""
+        return Cause.VFORK if innermost in _VFORK else Cause.UNINTERRUPTIBLE
     if task.io_worker or names & set(_IO_URING):
         return Cause.IO_URING
     if in_function:

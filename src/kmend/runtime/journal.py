@@ -256,9 +256,10 @@ def resumable(records: Sequence[Record], boot: str) -> tuple[Record, ...]:
     """The beginnings of this boot that the same command goes on with, with how they ended as ``result``.
 
     Those without an end (''), and of each patch its last action if it was interrupted or left to go on.
-    Actions on the store of installed patches are not among them: see :func:`resumable_in_store`.
+    Actions on the store of installed patches are not among them (:func:`resumable_in_store`), nor is
+    `signal`: whoever interrupts tasks does not change where the patch is to go.
     """
-    return _resumable([row for row in records if row.boot == boot and row.verb not in STORING])
+    return _resumable([row for row in records if row.boot == boot and row.verb not in (*STORING, "signal")])
 
 
 def resumable_in_store(records: Sequence[Record], boot: str, release: str) -> tuple[Record, ...]:

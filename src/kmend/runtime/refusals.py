@@ -6,6 +6,9 @@ from kmend.core.errors import Refusal, UsageError
 from kmend.core.live import Check, Followed, LivePatch, Phase, Transition, tasks
 from kmend.runtime.observe import Seen
 
+#: So many tasks are named before a transition is forced.
+_NAMED = 20
+
 
 def known(seen: Seen, name: str) -> LivePatch:
     """The patch, or what is left of it.
@@ -102,11 +105,23 @@ def not_confirmed(name: str, transition: Transition | None) -> Refusal:
     return Refusal(
         "not-confirmed",
         f"{name} was not forced: {tasks(left)} left{where}",
-        "forcing lets these tasks go on in code that does not fit the data of the new one: if old and new "
-        "code differ in locking or in what data means, the kernel may hang or corrupt data. The modules "
+        "\n".join(held_by(transition))
+        + "\nforcing lets these tasks go on in code that does not fit the data of the new one: if old and "
+        "new code differ in locking or in what data means, the kernel may hang or corrupt data. The modules "
         "of the code that they are in can not be unloaded before the next boot",
         f"better: kmend unload {name}. If you know that it is harmless: kmend force {name} --yes-i-know",
     )
+
+
+def held_by(transition: Transition | None) -> list[str]:
+    """Which task waits in which function: a line for each of the first ones."""
+    if transition is None:
+        return ["which tasks is not known"]
+    if not transition.left:
+        return ["no task of user space (idle processors, or the kernel is finishing)"]
+    shown = [f"{row.task.tid} ({row.task.name}) {row.why}" for row in transition.blockers[:_NAMED]]
+    more = transition.left - len(shown)
+    return [*shown, f"… and {more} more (kmend blockers)"] if more > 0 else shown
 
 
 def left_words(found: Followed) -> str:
