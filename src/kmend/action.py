@@ -8,7 +8,9 @@ journal before it begins, so that whoever comes after a killed kmend knows what 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +22,18 @@ from pathlib import Path
 from kmend.core import kmsg
 from kmend.core.config import Config
 from kmend.core.errors import KmendError, Refusal, Unable
+from kmend.core.files import read_regular
 from kmend.core.kmsg import KernelMessage
 from kmend.core.live import ActionReport, Check, End, Followed, Phase, Result, Step, Transition
 from kmend.core.progress import Progress
+from kmend.examine import MOST
 from kmend.runtime import act, blockers, callbacks, journal, klog, refusals
 from kmend.runtime.callbacks import Called
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.journal import Action, Journal
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import Seen, observe
-from kmend.runtime.patches import read_patch
+from kmend.runtime.patches import read_patch, read_patches
 from kmend.runtime.place import Place
 
 #: Taking back after a stall gets at least so many seconds: it is the way out.
@@ -80,6 +84,8 @@ class Run:
     followed: list[Followed] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     checks: tuple[Check, ...] = ()
+    #: the patches that it replaces when it comes into force, for one that is cumulative or may be
+    below: frozenset[str] = frozenset()
     replaced: tuple[str, ...] = ()
     heard: list[KernelMessage] = field(default_factory=list)
     note: Mapping[str, object] = field(default_factory=dict)
@@ -340,10 +346,45 @@ class Actor:
         if back is Phase.PATCHING:
             why = f"{run.patch} could not be taken back, and is in force as before"
         else:
-            if run.verb == "load" and act.remove(self.place, run.patch):
-                run.removed.append(run.patch)
+            lost = self._lost(run)
+            if run.verb == "load":  # what cannot be removed is not to hide why it stalled
+                self._remove_quietly(run, run.patch)
+            if lost:
+                run.replaced = lost
+                why = (
+                    f"{run.patch} came into force at the last moment, replaced {', '.join(lost)}, and was "
+                    "taken back: none of them is in force any more"
+                )
+                way_back = self._way_back(run, read_kernel(self.place).boot_id, unload="")
+                return self._report(run, Result.REVERSED, why, way_back or "kmend status", refused=(refusal,))
             why = f"{run.patch} could not be brought into force, and was taken back"
         return self._report(run, Result.REVERSED, why, refused=(refusal,))
+
+    def _lost(self, run: Run) -> tuple[str, ...]:
+        """What is gone although the patch that was to replace it has been taken back.
+
+        A patch whose transition has ended meanwhile is not turned round but disabled (``enabled_store()``,
+        kernel/livepatch/core.c, takes the lock that the end of a transition holds): what it has replaced does
+        not come back.
+        """
+        there = {row.name for row in read_patches(self.place) if row.phase is not Phase.DISABLED}
+        return tuple(sorted(run.below - there))
+
+    def _way_back(self, run: Run, boot: str, *, unload: str) -> str:
+        """How to return to the patches that this one replaced, where their files are still what they were.
+
+        ``unload`` is the patch that has to go before, if any.
+        """
+        loads = self._loads(boot)
+        former = sorted((loads[name] for name in run.replaced if name in loads), key=lambda row: row.time)
+        files = [shlex.quote(str(row.detail.get("file", ""))) for row in former if _is_still(row)]
+        if not files or len(files) < len(run.replaced):
+            return ""
+        if former[0].detail.get("replace") is True:  # it replaces this one in its turn
+            return f"to go back to {former[0].patch}: kmend load {' '.join(files)}"
+        names = ", ".join(row.patch for row in former)
+        first = f"kmend unload {unload} && " if unload else ""
+        return f"to go back to {names}: {first}kmend load {' '.join(files)}"
 
     def _remove_quietly(self, run: Run, name: str) -> None:
         try:
@@ -353,7 +394,7 @@ class Actor:
             return
         if removed:
             run.removed.append(name)
-            run.step(f"unloaded {name}, which was left behind")
+            run.step(f"unloaded {name}")
 
 
 def _other_way(goal: Phase) -> Phase:
@@ -382,3 +423,12 @@ def _warnings(messages: Sequence[KernelMessage], lost: bool, book: Journal) -> I
             book.trouble,
             "free space or mend the folder: without the journal a killed kmend leaves no trace",
         )
+
+
+def _is_still(row: journal.Record) -> bool:
+    """Whether the file that a load named has the contents that it had."""
+    try:
+        data = read_regular(str(row.detail.get("file", "")), MOST)
+    except OSError:
+        return False
+    return hashlib.sha256(data).hexdigest() == row.detail.get("sha256")

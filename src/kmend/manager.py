@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmend.action import Actor, Following, Run
 from kmend.core.errors import Refusal, Refused
-from kmend.core.files import read_regular
 from kmend.core.live import ActionReport, End, Followed, LivePatch, Phase, Result, tasks
-from kmend.examine import MOST, Examiner, contents
+from kmend.examine import Examiner, contents
 from kmend.runtime import act, blockers, journal, refusals
 from kmend.runtime.follow import Patience
 from kmend.runtime.kernel_state import read_kernel
@@ -121,10 +119,12 @@ class Manager(Actor):
 
         def work(run: Run) -> ActionReport:
             run.checks = tuple(checks)
+            run.below = frozenset() if module.replace is False else frozenset(before)
             if leftover is not None:
                 act.remove(self.place, module.name)
                 run.step(f"removed what a former {module.name} had left behind")
             self.progress.step(f"loading {module.name}")
+            _require_same(fd, module)
             try:
                 act.insert(module.name, fd, parameters, run.messages)
             except Refused:
@@ -133,7 +133,7 @@ class Manager(Actor):
                 raise
             run.step("the kernel took the module")
             run.called.begins(Phase.PATCHING)
-            return self._patched(run, following, before)
+            return self._patched(run, following)
 
         return self._perform("load", module.name, f"from {path}", detail, seen, work)
 
@@ -160,7 +160,8 @@ class Manager(Actor):
 
         def work(run: Run) -> ActionReport:
             run.step("it is loaded already; its transition is followed from here")
-            return self._patched(run, following, before)
+            run.below = frozenset() if module.replace is False else frozenset(before)
+            return self._patched(run, following)
 
         text = "goes on with a load that was begun"
         return self._perform("load", module.name, text, detail, seen, work)
@@ -181,23 +182,23 @@ class Manager(Actor):
         detail: dict[str, object] = {"file": file, "sha256": module.sha256, **_terms(following)}
         return self._perform("load", name, "ends the taking back that was begun", detail, seen, work)
 
-    def _patched(self, run: Run, following: Following, before: set[str]) -> ActionReport:
-        """Follow the patching, deal with a stall, remove what it replaced of the patches ``before``."""
+    def _patched(self, run: Run, following: Following) -> ActionReport:
+        """Follow the patching, deal with a stall, remove what it replaced."""
         if not following.wait:
             return self._report(run, Result.PENDING, f"{run.patch} is loaded; its transition goes on")
         report = self._follow(run, Phase.PATCHING, following)
         if report is not None:
             return report
-        seen = self._after_replacing(before - {run.patch})
-        run.replaced = tuple(sorted(before - {row.name for row in seen.patches} - {run.patch}))
+        seen = self._after_replacing(run.below)
+        run.replaced = tuple(sorted(run.below - {row.name for row in seen.patches}))
         for row in seen.left:
             if row.phase is Phase.LEFT and row.name in run.replaced and not row.pinned_by:
                 self._remove_quietly(run, row.name)
         took = run.followed[-1].seconds if run.followed else 0.0
         why = f"{run.patch} is in force; the transition took {took:.1f} s"
-        return self._report(run, Result.DONE, why, self._way_back(run, seen.kernel.boot_id))
+        return self._report(run, Result.DONE, why, self._way_back(run, seen.kernel.boot_id, unload=run.patch))
 
-    def _after_replacing(self, before: set[str]) -> Seen:
+    def _after_replacing(self, before: Collection[str]) -> Seen:
         """A look when patches that were replaced have gone.
 
         They are disabled when the transition is over, and removed a moment later by a work queue
@@ -213,18 +214,6 @@ class Manager(Actor):
         if row is None:  # its files go before its folder does
             return is_folder(self.place.livepatch / name)
         return row.phase is Phase.DISABLED
-
-    def _way_back(self, run: Run, boot: str) -> str:
-        """How to return to the patches that this one replaced, where their files are still what they were."""
-        loads = self._loads(boot)
-        former = sorted((loads[name] for name in run.replaced if name in loads), key=lambda row: row.time)
-        files = [shlex.quote(str(row.detail.get("file", ""))) for row in former if _is_still(row)]
-        if not files or len(files) < len(run.replaced):
-            return ""
-        if former[0].detail.get("replace") is True:  # it replaces this one in its turn
-            return f"to go back to {former[0].patch}: kmend load {' '.join(files)}"
-        names = ", ".join(row.patch for row in former)
-        return f"to go back to {names}: kmend unload {run.patch} && kmend load {' '.join(files)}"
 
     # -- taking back --------------------------------------------------------------------------------
 
@@ -286,6 +275,8 @@ class Manager(Actor):
             def work(run: Run) -> ActionReport:
                 if patch.phase in (Phase.ENABLED, Phase.PATCHING):
                     turned = patch.phase is Phase.PATCHING
+                    if turned and patch.replace is not False:
+                        run.below = frozenset(row.name for row in seen.patches) - {name}
                     if act.set_enabled(self.place, name, False, run.messages):
                         run.step("turned its transition round" if turned else "disabled it")
                         if not turned:
@@ -304,15 +295,23 @@ class Manager(Actor):
                         run.step("unloaded its module")
                     else:
                         run.step("somebody else has unloaded its module meanwhile")
-                    return self._report(run, Result.DONE, f"{name} is taken back and unloaded")
-                return self._report(
-                    run,
-                    Result.DONE,
+                    return self._taken(run, seen, f"{name} is taken back and unloaded", "")
+                why, removes = (
                     f"{name} is taken back; its module is still loaded",
                     f"kmend unload {name} removes it",
                 )
+                return self._taken(run, seen, why, removes)
 
             return self._perform(verb, name, f"it is {patch.phase.value}", _terms(following), seen, work)
+
+    def _taken(self, run: Run, seen: Seen, why: str, next_step: str) -> ActionReport:
+        """It is taken back, and perhaps had come into force before it could be turned round."""
+        run.replaced = self._lost(run)
+        if run.replaced:
+            names = ", ".join(run.replaced)
+            why += f"; it had come into force at the last moment: {names}, which it replaced, went with it"
+            next_step = self._way_back(run, seen.kernel.boot_id, unload="") or "kmend status"
+        return self._report(run, Result.DONE, why, next_step)
 
     def enable(self, name: str, following: Following) -> ActionReport:
         """Turn a patch that is being taken back round; enable a disabled one on kernels before 5.1.
@@ -342,7 +341,9 @@ class Manager(Actor):
                     run.step("turned its transition round" if patch.phase.moving else "enabled it")
                     if not patch.phase.moving:
                         run.called.begins(Phase.PATCHING)
-                return self._patched(run, following, {row.name for row in seen.patches})
+                if patch.replace is not False:
+                    run.below = frozenset(row.name for row in seen.patches) - {name}
+                return self._patched(run, following)
 
             return self._perform("enable", name, f"it is {patch.phase.value}", _terms(following), seen, work)
 
@@ -460,13 +461,23 @@ def _same(there: LivePatch, module: ModuleFile, interrupted: Sequence[journal.Re
     return any(row.detail.get("sha256") == module.sha256 for row in interrupted)
 
 
-def _is_still(row: journal.Record) -> bool:
-    """Whether the file that a load named has the contents that it had."""
-    try:
-        data = read_regular(str(row.detail.get("file", "")), MOST)
-    except OSError:
-        return False
-    return hashlib.sha256(data).hexdigest() == row.detail.get("sha256")
+def _require_same(fd: int, module: ModuleFile) -> None:
+    """The kernel reads the file anew (``kernel_read_file()``): it must still be what was checked.
+
+    Raises:
+        Refused: (rule ``file-changed``) it is not. Failed: it cannot be read.
+    """
+    if hashlib.sha256(contents(fd, module.path)).hexdigest() != module.sha256:
+        raise Refused(
+            [
+                Refusal(
+                    "file-changed",
+                    f"{module.name} was not loaded: {module.path} has changed since it was checked",
+                    "something writes to it while it is being loaded",
+                    "wait until it is complete, then load it again",
+                )
+            ]
+        )
 
 
 def _pins(patch: LivePatch, seen: Seen) -> list[str]:

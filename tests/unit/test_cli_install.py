@@ -973,8 +973,8 @@ def test_status_says_what_has_become_of_a_patch_whose_action_was_killed(machine:
     (row,) = book.records()
     text = unfinished_text(row, Seen(read_kernel(machine.place), (), (), None, (row,), False))
     assert text == (
-        f"an action did not end: `kmend load '/root/a file.ko'` of {row.user} (process {row.pid}) was killed; "
-        "a: it is not loaded now. Run it again to finish it, or `kmend unload a`"
+        f"an action did not end: `kmend load '/root/a file.ko'` of {row.user} (process {row.pid}) was "
+        "killed; a: it is not loaded now. Run it again to finish it, or `kmend unload a`"
     )
 
 

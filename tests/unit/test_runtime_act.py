@@ -111,6 +111,26 @@ def said(*texts: str) -> tuple[KernelMessage, ...]:
             "function-twice",
             "vmlinux/f,1",
         ),
+        (
+            errno.ENOEXEC,
+            "module: x86/modules: Skipping invalid relocation target, existing value is nonzero for type 1, "
+            "loc 00000000c0ffee00, val ffffffffc0de",
+            "relocation-field",
+            "type 1",
+        ),
+        (
+            errno.ENOEXEC,
+            "module: x86/modules: Invalid relocation target, existing value is nonzero for type 2, loc 1, "
+            "val 2",
+            "relocation-field",
+            "type 2",
+        ),
+        (
+            errno.EINVAL,
+            "livepatch: Livepatch patch (x) is not compatible with the already installed livepatches.",
+            "incompatible-states",
+            "states",
+        ),
         (errno.EEXIST, "", "already-loaded", "EEXIST"),
         (errno.EBUSY, "", "transition-running", "EBUSY"),
         (errno.ENOMEM, "", "out-of-memory", "ENOMEM"),
@@ -119,11 +139,19 @@ def said(*texts: str) -> tuple[KernelMessage, ...]:
     ],
 )
 def test_every_answer_of_the_kernel_has_its_sentence(number: int, text: str, rule: str, word: str) -> None:
-    row = answers.explain("x was not loaded", number, said(text) if text else ())
+    row = answers.explain("x was not loaded", number, said(text) if text else (), "x")
     assert row.rule == rule
     assert word in f"{row.what} {row.why}"
     assert row.next_step
     assert errno.errorcode[number] in f"{row.what} {row.why}"
+
+
+def test_what_the_kernel_says_of_another_module_is_not_the_reason() -> None:
+    log = said("nouveau: Unknown symbol drm_foo (err -2)", "y: version magic 'a' should be 'b'")
+    assert answers.explain("x", errno.EBUSY, log, "x").rule == "transition-running"
+    assert answers.explain("x", errno.EBUSY, (*log, *said("x: Unknown symbol f (err -2)")), "x").rule == (
+        "not-exported"
+    )
 
 
 def test_the_cause_counts_and_not_its_consequences() -> None:

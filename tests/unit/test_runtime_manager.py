@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -598,6 +599,50 @@ def test_replaced_patches_are_waited_for(machine: Machine) -> None:
     seen = machine.manager()._after_replacing({"old"})
     assert [row.name for row in seen.patches] == ["fix"]
     assert [row.name for row in seen.left] == ["old"]
+
+
+def test_a_patch_that_came_into_force_before_it_was_turned_round(machine: Machine) -> None:
+    """The kernel then disables it, and what it has replaced does not come back."""
+    machine.patch(1, 1)
+    by = journal.who(machine.place, "kmend")
+    detail = {"sha256": "ab", "before": ["old"], "replace": True}
+    Journal(machine.state, "b").begin("load", "fix", replace(by, pid=1), "from fix.ko", detail)
+    file = ModuleFile("fix.ko", "fix", "6.1.0 ", "", (), False, "", "ab", (), True)
+    manager = machine.manager()
+    seen = manager._observe()
+    there = seen.named("fix")
+    assert there is not None
+    machine.ends = [End.STALLED, End.COMPLETE]
+    report = manager._continue(there, file, seen.resumable, Following(), seen)
+    assert report is not None
+    assert (report.result, report.replaced, machine.done) == (
+        Result.REVERSED,
+        ("old",),
+        ["fix 0", "rmmod fix"],
+    )
+    assert report.why == (
+        "fix came into force at the last moment, replaced old, and was taken back: none of them is in force "
+        "any more"
+    )
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_one_that_is_unloaded_while_it_comes_into_force(machine: Machine, gone: bool) -> None:
+    machine.patch(1, 1)
+    other_patch(machine)
+    if gone:
+
+        class Ends(list[End]):
+            def pop(self, _at: object = 0) -> End:
+                shutil.rmtree(machine.place.livepatch / "old")
+                return End.COMPLETE
+
+        machine.ends = Ends()
+    else:
+        machine.ends = [End.COMPLETE]
+    report = machine.manager().unload("fix", Following())
+    assert (report.result, report.replaced) == (Result.DONE, ("old",) if gone else ())
+    assert ("old, which it replaced, went with it" in report.why) is gone
 
 
 def test_pinned_modules_are_the_last_to_be_unloaded(machine: Machine) -> None:

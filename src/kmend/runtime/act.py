@@ -74,7 +74,7 @@ def insert(name: str, fd: int, parameters: str, messages: Messages) -> None:
     """
     number = syscalls.finit_module(fd, parameters)
     if number:
-        raise Refused([answers.explain(f"{name} was not loaded", number, messages())])
+        raise Refused([answers.explain(f"{name} was not loaded", number, messages(), name)])
 
 
 def write_attribute(place: Place, name: str, attribute: str, value: str) -> int:
@@ -153,7 +153,8 @@ def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> bool:
         number = syscalls.delete_module(name)
         if number in (0, errno.ENOENT):
             return number == 0
-        if number not in (errno.EWOULDBLOCK, errno.EBUSY):
+        # EINTR: a signal came while it waited for another load or unload (mutex_lock_interruptible())
+        if number not in (errno.EWOULDBLOCK, errno.EBUSY, errno.EINTR):
             raise Refused([answers.unexplained(f"{name} was not unloaded", number, ())])
         if time.monotonic() >= deadline:
             break
@@ -162,16 +163,14 @@ def remove(place: Place, name: str, limit: float = _REFERENCE_LIMIT) -> bool:
     if module is None:
         return False
     holders = f"; it is used by {', '.join(module.holders)}" if module.holders else ""
+    why = (
+        f"it has {module.references} references{holders}. After a forced transition a module stays until the "
+        "next boot: tasks may still be in its code"
+    )
+    if number == errno.EBUSY and not module.references:
+        why = "the kernel answers EBUSY: the module is coming or going, or it has no exit function"
     raise Refused(
-        [
-            Refusal(
-                "module-in-use",
-                f"{name} was not unloaded",
-                f"it has {module.references} references{holders}. After a forced transition a module stays "
-                "until the next boot: tasks may still be in its code",
-                "leave it; it does nothing any more",
-            )
-        ]
+        [Refusal("module-in-use", f"{name} was not unloaded", why, "leave it; it does nothing any more")]
     )
 
 

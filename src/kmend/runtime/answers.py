@@ -2,7 +2,7 @@
 
 The rows follow ``kernel/livepatch/core.c``, ``kernel/livepatch/patch.c``, ``kernel/module/main.c``,
 ``kernel/module/signing.c``, ``arch/x86/kernel/module.c`` and ``security/lockdown/lockdown.c``; each but
-``ftrace-race`` was provoked on stock kernels.
+``ftrace-race``, ``relocation-field`` and ``incompatible-states`` was provoked on stock kernels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _DIFFERENT = "the module was made for another build of the kernel"
 class Answer:
     """A row. ``pattern`` is searched in the kernel's messages; its groups fill ``{0}``, ``{1}``, …
 
+    ``{name}`` in it is the module: others are loaded at the same time, and have troubles of their own.
     ``number`` limits the row to one error number (0: any).
     """
 
@@ -53,28 +54,28 @@ _BY_LOG = (
     ),
     Answer(
         rule="vermagic",
-        pattern=r"version magic '(.*?)\s*' should be '(.*?)\s*'",
+        pattern=r"^{name}: version magic '(.*?)\s*' should be '(.*?)\s*'",
         what="the module was built for another kernel",
         why="it was built for {0}; this is {1}",
         next_step=_ANEW,
     ),
     Answer(
         rule="symbol-version",
-        pattern=r"disagrees about version of symbol (\S+)",
+        pattern=r"^{name}: disagrees about version of symbol (\S+)",
         what="the module was built against another {0}()",
         why="the checksum of the symbol is not this kernel's",
         next_step=_ANEW,
     ),
     Answer(
         rule="not-exported",
-        pattern=r"Unknown symbol (\S+) \(err (-?\d+)\)",
+        pattern=r"^{name}: Unknown symbol (\S+) \(err (-?\d+)\)",
         what="the module needs {0}, which the kernel does not export",
         why="it answers {1} for the symbol",
         next_step="load the module that exports it first, or build the patch anew",
     ),
     Answer(
         rule="relocation-field",
-        pattern=r"Invalid relocation target, existing value is nonzero for type (\d+)",
+        pattern=r"[Ii]nvalid relocation target, existing value is nonzero for type (\d+)",
         what="the module has a value where the kernel wants to write an address",
         why="relocation type {0} onto a field that is not zero",
         next_step="report the module",
@@ -169,9 +170,9 @@ _BY_NUMBER = (
     Answer(
         rule="transition-running",
         pattern="",
-        what="another transition is under way",
-        why="the kernel makes one at a time",
-        next_step="wait for its end: kmend status --watch",
+        what="another transition is under way, or a module of that name comes or goes",
+        why="the kernel makes one transition at a time, and has one module of a name",
+        next_step="wait for its end (kmend status --watch), then load it again",
         number=errno.EBUSY,
     ),
     Answer(
@@ -205,14 +206,17 @@ _BY_NUMBER = (
 )
 
 
-def explain(what: str, number: int, messages: Iterable[KernelMessage]) -> Refusal:
-    """The refusal for error ``number``; ``messages`` is what the kernel said meanwhile."""
+def explain(what: str, number: int, messages: Iterable[KernelMessage], name: str = "") -> Refusal:
+    """The refusal for error ``number``; ``messages`` is what the kernel said meanwhile.
+
+    ``name`` is that of the module which was being loaded.
+    """
     texts = [message.text for message in messages if not message.user]
     for row in _BY_LOG:
         if row.number not in (0, number):
             continue
         for text in texts:
-            match = re.search(row.pattern, text)
+            match = re.search(row.pattern.replace("{name}", re.escape(name)), text)
             if match:
                 groups = tuple(word or "" for word in match.groups())
                 return Refusal(

@@ -397,8 +397,9 @@ def acting(place: Place, verb: str, limit: float = LOCK_LIMIT) -> Iterator[None]
                     )
                 ]
             )
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, os.fsencode(f"{verb}, process {os.getpid()}\n"), 0)
+        with contextlib.suppress(OSError):  # a full /run keeps nobody from taking a patch back
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, os.fsencode(f"{verb}, process {os.getpid()}\n"), 0)
         yield
     finally:
         # the file stays: removing it would let a third one lock another file of the same name
