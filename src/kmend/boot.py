@@ -80,7 +80,8 @@ class Boot:
 
         Raises:
             Refused: loading is switched off (``switched-off``), a former boot never got healthy
-                (``crash-guard``), the store is damaged or not safe. Unable: not root.
+                (``crash-guard``), the store is damaged or not safe; at boot also when a mark would not
+                outlive a crash (``forgetful-state``). Unable: not root.
             Failed: the mark cannot be written: then nothing is loaded.
         """
         act.require_power(self.place, "load")
@@ -101,6 +102,9 @@ class Boot:
         rows = rows[over:]
         missing = [row for row in rows if row.name not in here or not here[row.name].settled]
         if boot and missing and found.guard is Guard.CLEAR:
+            with command.told([ALL]):
+                if (forgetful := persistence.forgetful(self.place, found.store.folder)) is not None:
+                    raise Refused([forgetful])
             with command.told([ALL]), journal.acting(self.place, command.words):
                 persistence.arm(found.store, kernel.boot_id, kernel.taint or 0)
         for at, row in enumerate(rows):

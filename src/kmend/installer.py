@@ -178,7 +178,10 @@ class Installer:
     def _left_off(self, store: Store, kernel: KernelState) -> list[Refusal]:
         """Why the next boot would not load them all the same. Of another release only that one knows."""
         found = self.boot.look() if store.release == kernel.release else None
-        return [] if found is None else left_off(found)
+        if found is None:
+            return []
+        forgetful = persistence.forgetful(self.place, store.folder)
+        return [*left_off(found), *([] if forgetful is None else [forgetful])]
 
     # -- uninstall -----------------------------------------------------------------------------------
 

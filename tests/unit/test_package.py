@@ -209,11 +209,6 @@ def test_the_initramfs_loads_nothing_where_the_unit_is_switched_off(
     tmp_path: Path, state: str, tried: bool
 ) -> None:
     """Else nothing would say that the boot is healthy, and the next one would be refused by the guard."""
-    script = (PACKAGING / "initramfs/scripts/kmend").read_text()
-    release = subprocess.run(["uname", "-r"], capture_output=True, check=True, text=True).stdout.strip()
-    for path in (f"var/lib/kmend/{release}/index.json", "usr/bin/kmend"):
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).touch(0o755)
     units = tmp_path / "etc/systemd/system"
     (units / "sysinit.target.wants").mkdir(parents=True)
     if state != "no unit at all":
@@ -223,6 +218,41 @@ def test_the_initramfs_loads_nothing_where_the_unit_is_switched_off(
         (units / "sysinit.target.wants/kmend-load.service").symlink_to("/nowhere")
     if state == "masked":
         (units / "kmend-load.service").symlink_to("/dev/null")
+    assert initramfs_script_tries(tmp_path) is tried
+
+
+@pytest.mark.parametrize(
+    ("table", "unit", "tried"),
+    [
+        ("UUID=1 / ext4 defaults 0 1\n# /dev/sdb1 /var ext4\n#UUID=2 /var ext4 x 0 2\n", "", True),
+        ("UUID=1 / ext4 defaults 0 1\nUUID=2 /var ext4 defaults 0 2\n", "", False),
+        ("UUID=2\t/var/lib/kmend\text4\tdefaults\t0 2", "", False),  # no newline at its end
+        ("UUID=2\t/var/lib/kmend\text4\tdefaults\t0 2\n", "", False),
+        ("UUID=3 /var/log ext4 defaults 0 2\n", "", True),
+        ("", "var-lib.mount", False),
+        ("", "var-log.mount", True),
+    ],
+)
+def test_the_initramfs_leaves_a_store_that_the_system_will_not_see(
+    tmp_path: Path, table: str, unit: str, tried: bool
+) -> None:
+    """Its mark would stay where nothing takes it away."""
+    if table:
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/fstab").write_text(table)
+    if unit:
+        (tmp_path / "etc/systemd/system").mkdir(parents=True)
+        (tmp_path / "etc/systemd/system" / unit).touch()
+    assert initramfs_script_tries(tmp_path) is tried
+
+
+def initramfs_script_tries(tmp_path: Path) -> bool:
+    """Whether the script would load something from that root."""
+    script = (PACKAGING / "initramfs/scripts/kmend").read_text()
+    release = subprocess.run(["uname", "-r"], capture_output=True, check=True, text=True).stdout.strip()
+    for path in (f"var/lib/kmend/{release}/index.json", "usr/bin/kmend"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch(0o755)
     # what would need root, and the kernel's own files, are not this test's
     before, _, _ = script.partition("# the mark of the crash guard must be on the disk")
     copy = tmp_path / "script"
@@ -231,4 +261,4 @@ def test_the_initramfs_loads_nothing_where_the_unit_is_switched_off(
     )
     environment = {"rootmnt": str(tmp_path), "KMEND_INITRAMFS": "yes", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["sh", copy], env=environment, capture_output=True, check=True, text=True)
-    assert (done.stdout == "tried\n") is tried
+    return done.stdout == "tried\n"

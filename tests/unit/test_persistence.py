@@ -468,3 +468,33 @@ def test_rows_of_the_index_are_what_was_given(empty: Store) -> None:
     persistence.add(empty, [(row, data, report)])
     assert opened(empty.folder.parent).patches == (row,)
     assert files(empty) == {"index.json", row.file}
+
+
+@pytest.mark.parametrize(
+    ("upper", "kind", "words"),
+    [
+        ("/proc", "tmpfs", "its upper layer, /proc, is on tmpfs"),
+        ("/proc", "ext4", ""),
+        ("/nowhere at all", "ext4", "its upper layer, /nowhere at all, cannot be seen from here"),
+        ("", "", ""),
+    ],
+)
+def test_a_mark_on_an_overlay_in_memory_is_forgotten(
+    tmp_path: Path, upper: str, kind: str, words: str
+) -> None:
+    def row(path: Path | str, kind: str, options: str) -> str:
+        number = Path(path).stat().st_dev
+        where = f"{os.major(number)}:{os.minor(number)}"
+        return f"22 1 {where} / /here rw,relatime shared:1 - {kind} source {options}\n"
+
+    place = Place(tmp_path / "sys", tmp_path / "proc", tmp_path / "dev", tmp_path / "run")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    options = f"rw,lowerdir=/l,upperdir={upper}".replace(" ", "\\040")
+    mounts = row(tmp_path, "overlay", options) if upper else row(tmp_path, "tmpfs", "rw")
+    mounts += row("/proc", kind, "rw") if kind else ""
+    (tmp_path / "proc/self/mountinfo").write_text(mounts)
+    found = persistence.forgetful(place, tmp_path)
+    assert (found is not None) is bool(words)
+    if found is not None:
+        assert found.rule == "forgetful-state"
+        assert words in found.why

@@ -42,6 +42,8 @@ OFF_FILE = Path("/etc/kmend/off")
 #: The word on the kernel's command line that does so for one boot.
 OFF_WORD = "kmend=off"
 #: ``uname -r`` begins with the version, so no release is called like another file in STATE.
+#: File systems that a crash empties.
+_IN_MEMORY = ("tmpfs", "ramfs", "rootfs")
 _RELEASE = re.compile(r"[0-9][0-9A-Za-z.+~_-]{0,63}\Z")
 _NAME = re.compile(rf"[0-9A-Za-z_]{{1,{MAX_MODULE_NAME}}}\Z")
 _FILE = re.compile(r"[0-9A-Za-z_]+\.[0-9a-f]{16}\.(ko|json)\Z")
@@ -370,6 +372,47 @@ def require_safe(store: Store) -> None:
                     )
                 ]
             )
+
+
+def forgetful(place: Place, folder: Path) -> Refusal | None:
+    """Why a mark in this folder would not outlive a crash although what is installed does; None: it does.
+
+    So it is on an overlay over a file system in memory (live systems, overlayroot): the index may lie in the
+    lower layer, the mark never does. With a store that is in memory altogether nothing is installed any more.
+    """
+    mounts = _mounts(place)
+    with contextlib.suppress(OSError):
+        kind, options = mounts.get(folder.stat().st_dev, ("", ()))
+        upper = next((row.removeprefix("upperdir=") for row in options if row.startswith("upperdir=")), "")
+        if kind != "overlay" or not upper:
+            return None
+        try:
+            below = mounts.get(Path(upper).stat().st_dev, ("", ()))[0]
+        except OSError:
+            below = ""  # the path is that of another mount namespace, or of the initramfs
+        if below in ("", *_IN_MEMORY):
+            where = f"is on {below}" if below else "cannot be seen from here, so it may be in memory"
+            return Refusal(
+                "forgetful-state",
+                f"{folder} is on an overlay that may not outlive a crash",
+                f"its upper layer, {upper}, {where}: the mark of the crash guard would be gone at the next "
+                "boot, which would load the same patches again",
+                f"mount a disk on {folder.parent}, or set `state` in kmend.toml to a folder on one",
+            )
+    return None
+
+
+def _mounts(place: Place) -> dict[int, tuple[str, tuple[str, ...]]]:
+    """Kind and options of each mounted file system by its device number (proc_pid_mountinfo(5))."""
+    found = {}
+    for line in (optional(place.proc / "self/mountinfo") or "").splitlines():
+        mount, _, system = line.partition(" - ")
+        fields, kind = mount.split(), system.split()
+        if len(fields) > 2 and len(kind) > 2 and all(word.isdigit() for word in fields[2].split(":")):
+            major, _, minor = fields[2].partition(":")
+            options = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), kind[2]).split(",")
+            found[os.makedev(int(major), int(minor))] = (kind[0], tuple(options))
+    return found
 
 
 def add(store: Store, rows: Sequence[tuple[Installed, bytes, bytes]]) -> Store:
