@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 from kmend import __version__
 from kmend.cli.context import Context, display
+from kmend.cli.streams import careful
 from kmend.core import config
 from kmend.core.errors import Failed, KmendError, Refused, UsageError
 
@@ -31,6 +33,10 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 #: Seconds after which a thread that computes lets another one go on. Ours mostly start and await compilers;
 #: Python's 5 ms would hold each of their steps up for as long as the main thread loads code.
 SWITCH = 0.0005
+#: Verbs whose exit status tells what was done, whatever has become of the words about it.
+ACTING = frozenset(
+    ("load", "unload", "disable", "enable", "signal", "force", "install", "uninstall", "healthy")
+)
 #: Takes kmend's own settings out of an environment.
 NO_SETTINGS = {f"KMEND_{row.key.upper()}": "" for row in config.SETTINGS}
 
@@ -117,13 +123,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     sys.setswitchinterval(SWITCH)
     try:
-        status = guarded(args)
-        sys.stdout.flush()
-        return status
+        with careful() as troubles:
+            status = guarded(args)
+            sys.stdout.flush()
     except BrokenPipeError:
         # the reader went away (`kmend … | head`); nothing is wrong, and Python's own flush must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    if not troubles:
+        return status
+    acts = bool(ACTING.intersection(args))
+    with suppress(OSError):
+        sys.stderr.write(
+            f"kmend: standard output cannot be written: {troubles[0]}\n"
+            + ("  the exit status says what was done\n" if acts else "")
+        )
+    return status if acts else status or 1
 
 
 def guarded(args: list[str]) -> int:
