@@ -87,7 +87,7 @@ class Run:
     #: the patches that it replaces when it comes into force, for one that is cumulative or may be
     below: frozenset[str] = frozenset()
     replaced: tuple[str, ...] = ()
-    heard: list[KernelMessage] = field(default_factory=list)
+    heard: list[klog.Record] = field(default_factory=list)
     note: Mapping[str, object] = field(default_factory=dict)
 
     def step(self, text: str, **detail: object) -> None:
@@ -113,8 +113,8 @@ class Run:
     def messages(self) -> tuple[KernelMessage, ...]:
         """Everything that the kernel has said since the action began, as far as it could be read."""
         if self.log is not None:
-            self.heard += [row.message for row in self.log.read()]
-        return tuple(self.heard)
+            self.heard += self.log.read()
+        return tuple(row.message for row in self.heard)
 
 
 class Actor:
@@ -211,7 +211,13 @@ class Actor:
     ) -> ActionReport:
         """The report of an action, which ends here in the journal too."""
         messages = run.messages()
-        run.action.end(result.value, why, **journal.reasons(refused))
+        heard = [run.heard[0].number, run.heard[-1].number] if run.heard else None
+        run.action.end(result.value, why, heard=heard, **journal.reasons(refused))
+        seconds = run.seconds()
+        drift = 0.0
+        if messages:
+            ended = run.began + seconds
+            drift = klog.drift(messages[0].seconds, messages[-1].seconds, run.began, ended)
         return ActionReport(
             verb=run.verb,
             patch=run.patch,
@@ -227,9 +233,10 @@ class Actor:
             removed=tuple(run.removed),
             warnings=tuple(_warnings(messages, run.log is not None and run.log.lost, run.action.journal)),
             messages=tuple(row for row in messages if row.livepatch),
-            seconds=run.seconds(),
+            seconds=seconds,
             note=run.note,
             began=run.began,
+            drift=drift,
         )
 
     # -- following ----------------------------------------------------------------------------------

@@ -159,21 +159,24 @@ def test_one_boot_has_no_mark(tmp_path: Path, place: Place) -> None:
     assert [entry.text for entry in rows] == ["livepatch: enabling patch 'new'"]
 
 
+@pytest.mark.parametrize("off", [0.0, 300.0, -300.0])
 def test_the_log_of_one_patch_has_what_the_kernel_said_meanwhile(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
 ) -> None:
+    """Also after months, when the clock of the kernel's log is minutes off."""
     book, by = Journal(tmp_path / "state", NEW), who(place, "")
     began = klog.epoch_of_boot()
 
     def said(*rows: tuple[float, str]) -> None:
-        messages = [KernelMessage(at - began, 6, text) for at, text in rows]
+        messages = [KernelMessage(at - began + off, 6, text) for at, text in rows]
         kept = tuple(klog.Record(number, row) for number, row in enumerate(messages))
         monkeypatch.setattr(klog, "read_all", lambda *_: kept)
 
     one = book.begin("load", "one", by, "from one.ko", {})
     during = time.time()
     time.sleep(0.002)
-    one.end("refused", "the kernel has no function f()")
+    time.sleep(0.002)
+    one.end("refused", "the kernel has no function f()", heard=[0, 0])
     book.begin("load", "none", by, "from none.ko", {}).end("done", "in force")
     time.sleep(0.002)
     said(
@@ -189,3 +192,16 @@ def test_the_log_of_one_patch_has_what_the_kernel_said_meanwhile(
         "load one: the kernel has no function f() [refused], by " + one.by.user,
         "livepatch: 'one': unpatching complete",
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (10.5, 11.5, 0.0),  # they lie there as they are
+        (7.0, 8.0, 3.0),  # behind
+        (14.0, 14.5, -2.5),  # ahead
+        (10.0, 13.0, -0.5),  # longer than the time between: the clock was set
+    ],
+)
+def test_the_kernels_clock_drifts(first: float, last: float, expected: float) -> None:
+    assert klog.drift(first, last, 10.0, 12.0) == expected

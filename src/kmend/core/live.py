@@ -344,7 +344,8 @@ class ActionReport:
     ``callbacks`` are those that the kernel called, in their order; None: which the patch has is not known.
 
     ``file`` and ``sha256`` are the module's, '' when it was loaded before; ``note`` is what kmend wrote into
-    it. ``began`` is when the action began, by the clock of the kernel's log; steps count from there.
+    it. ``began`` is when the action began (CLOCK_MONOTONIC); steps count from there. ``drift`` is what has to
+    be added to the kernel's times to get that clock (:func:`kmend.runtime.klog.drift`).
     """
 
     verb: str
@@ -365,6 +366,7 @@ class ActionReport:
     sha256: str = ""
     note: Mapping[str, object] = field(default_factory=dict)
     began: float = 0.0
+    drift: float = 0.0
     callbacks: tuple[str, ...] | None = None
 
 

@@ -159,7 +159,7 @@ def _log(occasion: Occasion, report: ActionReport) -> tuple[Line, ...]:
         for at, step in enumerate(report.steps, 1)
     ]
     for message in report.messages:
-        seconds = message.seconds - report.began
+        seconds = message.seconds + report.drift - report.began
         rows.append(Line(seconds, clock(seconds), "kernel", printable(message.text)))
     return tuple(sorted(rows, key=lambda row: row.seconds))
 

@@ -149,12 +149,26 @@ def _concerns(text: str, begin: tuple[str, ...]) -> bool:
 
 
 def epoch_of_boot() -> float:
-    """Seconds since the epoch when the kernel's log clock was 0.
+    """Seconds since the epoch when the kernel's log clock was 0, but for its :func:`drift`.
 
     The log counts like CLOCK_MONOTONIC, without the time that the machine was suspended: times before a
     suspend come out too late.
     """
     return time.time() - time.monotonic()
+
+
+def drift(first: float, last: float, began: float, ended: float) -> float:
+    """What to add to the log's times so that messages from ``first`` to ``last`` lie between two other times.
+
+    The log's clock is the processor's own (``local_clock()``, kernel/printk/printk.c), which nobody corrects;
+    CLOCK_MONOTONIC is slowed and hastened to keep step with the world. Some 20 millionths of difference are
+    usual, which is a minute and more in a month. What was heard during an action tells it. 0 when that
+    lies there as it is.
+    """
+    low, high = began - first, ended - last
+    if low > high:  # the clock was set meanwhile
+        return (low + high) / 2
+    return min(max(low, 0.0), high)
 
 
 # -- former boots ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ _STARTING = re.compile(r"^livepatch: '([^']+)': starting (patching|unpatching) t
 _ENABLING = re.compile(r"^livepatch: enabling patch '([^']+)'")
 #: Of so many boots before this one the kernel's words are looked up.
 _FORMER_BOOTS = 5
+#: Seconds that a message comes after the beginning of an action that heard it, and before its end, at least.
+_WITHIN = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +165,10 @@ def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str
     except Unable as error:
         notes.append(f"{error.what}: the kernel's own messages are not shown")
         said = ()
-    began = klog.epoch_of_boot()
-    rows[here] += [_kernel_entry(began + row.message.seconds, row.message, here) for row in said]
+    began, drifts = klog.epoch_of_boot(), _drifts(records, here, said)
+    for row in said:
+        time = began + row.message.seconds + _drift(drifts, row.number)
+        rows[here].append(_kernel_entry(time, row.message, here))
     if former and shutil.which("journalctl"):
         for boot in former[-_FORMER_BOOTS:]:
             try:
@@ -179,6 +184,33 @@ def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str
             out.append(_boundary(boot, entries[0].time, boot == here, patches[boot]))
         out += entries
     return tuple(out), tuple(notes)
+
+
+def _drifts(
+    records: Sequence[journal.Record], boot: str, said: Sequence[klog.Record]
+) -> list[tuple[int, float]]:
+    """By how much the kernel's clock was off in each action that heard it, and its first message's number."""
+    boot_time, numbers, found = klog.epoch_of_boot(), [row.number for row in said], []
+    begins = {row.id: row.time for row in records if row.boot == boot and row.event == "begin"}
+    for row in records:
+        if row.boot != boot or row.event != "end" or row.id not in begins:
+            continue
+        match row.detail.get("heard"):
+            case [int(first), int(last)]:
+                mine = said[bisect_left(numbers, first) : bisect_right(numbers, last)]
+            case _:
+                continue
+        if mine:
+            at, until = (boot_time + one.message.seconds for one in (mine[0], mine[-1]))
+            drift = klog.drift(at, until, begins[row.id] + _WITHIN, row.time - _WITHIN)
+            found.append((mine[0].number, drift))
+    return sorted(found)
+
+
+def _drift(drifts: Sequence[tuple[int, float]], number: int) -> float:
+    """That of the last action before a message, or of the first one after it; 0 when nothing tells."""
+    before = [drift for first, drift in drifts if first <= number]
+    return before[-1] if before else drifts[0][1] if drifts else 0.0
 
 
 def about(rows: Sequence[LogEntry], name: str) -> tuple[LogEntry, ...]:
