@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -498,3 +499,17 @@ def test_a_mark_on_an_overlay_in_memory_is_forgotten(
     if found is not None:
         assert found.rule == "forgetful-state"
         assert words in found.why
+
+
+def test_a_disk_that_does_not_confirm_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index is replaced by then: it would be wrong to say that the store is as it was."""
+    store = persistence.add(persistence.read(tmp_path, RELEASE), [module("a")])
+
+    def sync(_folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(persistence, "_sync", sync)
+    with pytest.raises(Failed, match="is changed, but perhaps not on the disk") as caught:
+        persistence.drop(store, ["a"])
+    assert caught.value.rule == "unsynced"
+    assert persistence.read(tmp_path, RELEASE).patches == ()

@@ -470,12 +470,21 @@ def commit(store: Store) -> Store:
     """Make the index name these patches. Their files are on the disk already.
 
     Raises:
-        Failed: (rule ``unwritable``) the store is as it was.
+        Failed: (rule ``unwritable``) the store is as it was; (``unsynced``) it is changed, and the disk may
+            not have it.
     """
     document = {"schema": SCHEMA, "release": store.release, "patches": [asdict(row) for row in store.patches]}
     with _writing(store.folder):
         write_atomically(store.folder / INDEX, json.dumps(document, indent=1).encode() + b"\n")
+    try:
         _sync(store.folder)
+    except OSError as error:
+        raise Failed(
+            f"{store.folder} is changed, but perhaps not on the disk",
+            why=error.strerror or str(error),
+            next_step="look at the disk (dmesg), then run the same command again",
+            rule="unsynced",
+        ) from error
     sweep(store)
     return store
 
