@@ -1,0 +1,112 @@
+"""Where the seconds of a transition go that kmend brings to its end: the kernel's own functions, traced.
+
+    .venv/bin/python bench/bench_transition.py [RUNS] [RELEASE...]      (default: 5 runs, 6.1 and 6.12)
+
+The sleepers and the patch of bench_sleepers.py, loaded with ftrace's function tracer on three functions of
+kernel/livepatch/transition.c. The kernel retries when a second is over, rounded to full seconds of its own
+(``round_jiffies_relative(HZ)``): 0.75 to 1.75 s after the first attempt. Since 6.4 it then changes each
+call of ``cond_resched()`` back (``klp_cond_resched_disable()``) before patching counts as complete: a place
+in the kernel's code each, which is dear in an emulated machine. Neither can be shortened.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests/lab"))
+
+import sleeping  # noqa: E402 - the path above makes it importable
+
+from kmend.core import config  # noqa: E402 - as above
+from kmend.core.progress import Silent  # noqa: E402 - as above
+from kmend.core.target import Release  # noqa: E402 - as above
+from kmend.kernel.store import fetch  # noqa: E402 - as above
+from kmend.lab.guest import Guest  # noqa: E402 - as above
+from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
+from measure import show, spread  # noqa: E402 - as above
+
+RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
+ATTEMPT, RETRY, END = "klp_try_complete_transition", "klp_transition_work_fn", "klp_complete_transition"
+TRACING = f"""
+cd /sys/kernel/tracing
+echo {ATTEMPT} {RETRY} {END} >set_ftrace_filter
+[ $(wc -l <set_ftrace_filter) = 3 ] || {{ cat set_ftrace_filter; exit 1; }}
+echo local >trace_clock
+echo function >current_tracer
+"""
+_CALL = re.compile(r" (\d+\.\d+): (\w+) <-")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one transition, in seconds after the kernel's first attempt, but for ``changing``.
+
+    ``free``: kmend saw no task left; ``retry``: the retry that ended it; ``changing``: from there until
+    :data:`END` is called; ``end``: "patching complete".
+    """
+
+    free: float
+    retries: int
+    retry: float
+    changing: float
+    end: float
+
+
+def transition(guest: Guest) -> Times:
+    """Load over fresh sleepers, and unload again."""
+    sleepers = sleeping.asleep(guest, 90)
+    guest.run("echo >/sys/kernel/tracing/trace", check=True)
+    action = sleeping.act(guest, "load", "/root/sleepers.ko")
+    if action["result"] != "done":
+        sys.exit(f"load: {action['result']}: {action['why']}")
+    calls = [(float(at), name) for at, name in _CALL.findall(guest.run("cat /sys/kernel/tracing/trace").text)]
+    complete = next(row.seconds for row in reversed(guest.dmesg()) if row.text.endswith("patching complete"))
+    began = calls[0][0]
+    retries = [at for at, name in calls if name == RETRY]
+    ended = next(at for at, name in calls if name == END)
+    free = sleeping.seconds_of_tasks(action)
+    sleepers.release(hurry=True)
+    if sleeping.act(guest, "unload", "sleepers")["result"] != "done":
+        sys.exit("it cannot be unloaded")
+    last = max((at for at in retries if at < ended), default=began)
+    return Times(free, len(retries), last - began, ended - last, complete - began)
+
+
+def main() -> int:
+    """Each kernel in turn."""
+    words = sys.argv[1:]
+    runs = int(words.pop(0)) if words and words[0].isdigit() else 5
+    settings, rows = config.load(), []
+    with tempfile.TemporaryDirectory(prefix="kmend-bench-transition-") as scratch:
+        program = sleeping.compiled("sleepers", Path(scratch))
+        for release in words or RELEASES:
+            target = fetch(settings, Release(release), Silent())
+            module = sleeping.built(target, "sleepers", Path(scratch) / release).read_bytes()
+            with Guest.of(LabKernel.of(target), settings.lab) as guest:
+                sleeping.settle(guest, program)
+                guest.put("/root/sleepers.ko", module)
+                guest.run(TRACING, check=True)
+                found = [transition(guest) for _ in range(runs)]
+            columns = (
+                [row.free for row in found],
+                [row.retry for row in found],
+                [row.changing for row in found],
+                [row.end for row in found],
+            )
+            many = sorted({row.retries for row in found})
+            rows.append([release, str(runs), *map(spread, columns), ", ".join(map(str, many))])
+    show(
+        "Patching 77 kinds of sleepers with kmend, in seconds (median; least-most)",
+        ("", "runs", "no task left", "the retry that ends it", "cond_resched() back", "complete", "retries"),
+        rows,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
