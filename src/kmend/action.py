@@ -13,7 +13,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -89,6 +89,10 @@ class Run:
     replaced: tuple[str, ...] = ()
     heard: list[klog.Record] = field(default_factory=list)
     note: Mapping[str, object] = field(default_factory=dict)
+
+    def may_replace(self, cumulative: bool | None, names: Iterable[str]) -> None:
+        """Those of the names are the patches that it replaces; none if it is known not to be cumulative."""
+        self.below = frozenset() if cumulative is False else frozenset(names) - {self.patch}
 
     def step(self, text: str, **detail: object) -> None:
         self.steps.append(Step(self.seconds(), text))

@@ -105,8 +105,8 @@ class Boot:
             with command.told([ALL]):
                 if (forgetful := persistence.forgetful(self.place, found.store.folder)) is not None:
                     raise Refused([forgetful])
-            with command.told([ALL]), journal.acting(self.place, command.words):
-                persistence.arm(found.store, kernel.boot_id, kernel.taint or 0)
+                with journal.acting(self.place, command.words):
+                    persistence.arm(found.store, kernel.boot_id, kernel.taint or 0)
         for at, row in enumerate(rows):
             after = rows[at + 1 :]
             later = next((one for one in after if one.name in here), None)

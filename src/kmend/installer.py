@@ -180,8 +180,9 @@ class Installer:
         found = self.boot.look() if store.release == kernel.release else None
         if found is None:
             return []
+        rows = left_off(found)
         forgetful = persistence.forgetful(self.place, store.folder)
-        return [*left_off(found), *([] if forgetful is None else [forgetful])]
+        return rows if forgetful is None else [*rows, forgetful]
 
     # -- uninstall -----------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class Manager(Actor):
 
         def work(run: Run) -> ActionReport:
             run.checks = tuple(checks)
-            run.below = frozenset() if module.replace is False else frozenset(before)
+            run.may_replace(module.replace, before)
             if leftover is not None:
                 act.remove(self.place, module.name)
                 run.step(f"removed what a former {module.name} had left behind")
@@ -160,7 +160,7 @@ class Manager(Actor):
 
         def work(run: Run) -> ActionReport:
             run.step("it is loaded already; its transition is followed from here")
-            run.below = frozenset() if module.replace is False else frozenset(before)
+            run.may_replace(module.replace, before)
             return self._patched(run, following)
 
         text = "goes on with a load that was begun"
@@ -275,8 +275,8 @@ class Manager(Actor):
             def work(run: Run) -> ActionReport:
                 if patch.phase in (Phase.ENABLED, Phase.PATCHING):
                     turned = patch.phase is Phase.PATCHING
-                    if turned and patch.replace is not False:
-                        run.below = frozenset(row.name for row in seen.patches) - {name}
+                    if turned:
+                        run.may_replace(patch.replace, (row.name for row in seen.patches))
                     if act.set_enabled(self.place, name, False, run.messages):
                         run.step("turned its transition round" if turned else "disabled it")
                         if not turned:
@@ -341,8 +341,7 @@ class Manager(Actor):
                     run.step("turned its transition round" if patch.phase.moving else "enabled it")
                     if not patch.phase.moving:
                         run.called.begins(Phase.PATCHING)
-                if patch.replace is not False:
-                    run.below = frozenset(row.name for row in seen.patches) - {name}
+                run.may_replace(patch.replace, (row.name for row in seen.patches))
                 return self._patched(run, following)
 
             return self._perform("enable", name, f"it is {patch.phase.value}", _terms(following), seen, work)

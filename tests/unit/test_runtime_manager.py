@@ -601,20 +601,25 @@ def test_replaced_patches_are_waited_for(machine: Machine) -> None:
     assert [row.name for row in seen.left] == ["old"]
 
 
-def test_a_patch_that_came_into_force_before_it_was_turned_round(machine: Machine) -> None:
-    """The kernel then disables it, and what it has replaced does not come back."""
-    machine.patch(1, 1)
-    by = journal.who(machine.place, "kmend")
-    detail = {"sha256": "ab", "before": ["old"], "replace": True}
-    Journal(machine.state, "b").begin("load", "fix", replace(by, pid=1), "from fix.ko", detail)
+def gone_on_with(machine: Machine, **detail: object) -> ActionReport:
+    """What comes of the same load again, when a run was killed that had this in the journal."""
+    by = replace(journal.who(machine.place, "kmend"), pid=1)
+    Journal(machine.state, "b").begin("load", "fix", by, "from fix.ko", {"sha256": "ab", **detail})
     file = ModuleFile("fix.ko", "fix", "6.1.0 ", "", (), False, "", "ab", (), True)
     manager = machine.manager()
     seen = manager._observe()
     there = seen.named("fix")
     assert there is not None
-    machine.ends = [End.STALLED, End.COMPLETE]
     report = manager._continue(there, file, seen.resumable, Following(), seen)
     assert report is not None
+    return report
+
+
+def test_a_patch_that_came_into_force_before_it_was_turned_round(machine: Machine) -> None:
+    """The kernel then disables it, and what it has replaced does not come back."""
+    machine.patch(1, 1)
+    machine.ends = [End.STALLED, End.COMPLETE]
+    report = gone_on_with(machine, before=["old"], replace=True)
     assert (report.result, report.replaced, machine.done) == (
         Result.REVERSED,
         ("old",),
@@ -673,17 +678,8 @@ def test_what_moves_is_the_first_to_be_taken_back(machine: Machine) -> None:
 def test_a_load_that_is_gone_on_with_knows_its_callbacks(machine: Machine) -> None:
     """Also the unload after it: what counts is the last load."""
     machine.patch(1, 1)
-    by = journal.who(machine.place, "kmend")
-    detail = {"sha256": "ab", "callbacks": [["vmlinux", {"post_patch": "ready"}]]}
-    Journal(machine.state, "b").begin("load", "fix", replace(by, pid=1), "from fix.ko", detail)
-    file = ModuleFile("fix.ko", "fix", "6.1.0 ", "", (), False, "", "ab", (), True)
-    manager = machine.manager()
-    seen = manager._observe()
-    there = seen.named("fix")
-    assert there is not None
     machine.ends = [End.COMPLETE, End.COMPLETE]
-    report = manager._continue(there, file, seen.resumable, Following(), seen)
-    assert report is not None
+    report = gone_on_with(machine, callbacks=[["vmlinux", {"post_patch": "ready"}]])
     assert (report.result, report.callbacks) == (Result.DONE, ("post_patch of vmlinux: ready()",))
     machine.patch(0, 1)
-    assert manager.unload("fix", Following()).callbacks == ()
+    assert machine.manager().unload("fix", Following()).callbacks == ()

@@ -117,10 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     unless ``--debug`` asks for it.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        # names in a patch may be any bytes; a print of one must not end in a second error
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     sys.setswitchinterval(SWITCH)
     try:
         with careful() as troubles:
@@ -132,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     if not troubles:
         return status
-    acts = bool(ACTING.intersection(args))
+    acts = next((word for word in args if word in {row.name for row in VERBS}), "") in ACTING
     with suppress(OSError):
         sys.stderr.write(
             f"kmend: standard output cannot be written: {troubles[0]}\n"

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+#: Names in a patch may be any bytes; a print of one must not end in a second error.
+_ODD = "backslashreplace"
+
 
 class _Raw(io.RawIOBase):
     """A descriptor that swallows what cannot be written, and keeps why. A reader that went away is another
@@ -47,7 +50,7 @@ def careful() -> Iterator[list[str]]:
     """Have :data:`sys.stdout` and :data:`sys.stderr` never fail but for a reader that went away.
 
     Yields a list that tells at the end what was wrong with standard output. Streams that somebody has put in
-    their place are left alone.
+    their place stay, but for what they do about odd names.
     """
     _open_all()
     troubles: list[str] = []
@@ -60,6 +63,10 @@ def careful() -> Iterator[list[str]]:
             raw = _Raw(number)
             mine.append((raw, _text(raw, stream)))
         sys.stdout, sys.stderr = (row for _, row in mine)
+    else:
+        for stream in former:
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=_ODD)
     try:
         yield troubles
     finally:
@@ -73,11 +80,10 @@ def careful() -> Iterator[list[str]]:
 
 
 def _text(raw: _Raw, like: TextIO) -> TextIO:
-    # names in a patch may be any bytes; a print of one must not end in a second error
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=like.encoding,
-        errors="backslashreplace",
+        errors=_ODD,
         line_buffering=raw.number == 2 or raw.isatty(),
     )
 

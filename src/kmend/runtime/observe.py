@@ -165,7 +165,8 @@ def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str
     except Unable as error:
         notes.append(f"{error.what}: the kernel's own messages are not shown")
         said = ()
-    began, drifts = klog.epoch_of_boot(), _drifts(records, here, said)
+    began = klog.epoch_of_boot()
+    drifts = _drifts(records, here, said, began)
     for row in said:
         time = began + row.message.seconds + _drift(drifts, row.number)
         rows[here].append(_kernel_entry(time, row.message, here))
@@ -187,10 +188,10 @@ def read_log(place: Place, state: Path) -> tuple[tuple[LogEntry, ...], tuple[str
 
 
 def _drifts(
-    records: Sequence[journal.Record], boot: str, said: Sequence[klog.Record]
+    records: Sequence[journal.Record], boot: str, said: Sequence[klog.Record], epoch: float
 ) -> list[tuple[int, float]]:
     """By how much the kernel's clock was off in each action that heard it, and its first message's number."""
-    boot_time, numbers, found = klog.epoch_of_boot(), [row.number for row in said], []
+    numbers, found = [row.number for row in said], []
     begins = {row.id: row.time for row in records if row.boot == boot and row.event == "begin"}
     for row in records:
         if row.boot != boot or row.event != "end" or row.id not in begins:
@@ -201,7 +202,7 @@ def _drifts(
             case _:
                 continue
         if mine:
-            at, until = (boot_time + one.message.seconds for one in (mine[0], mine[-1]))
+            at, until = (epoch + one.message.seconds for one in (mine[0], mine[-1]))
             drift = klog.drift(at, until, begins[row.id] + _WITHIN, row.time - _WITHIN)
             found.append((mine[0].number, drift))
     return sorted(found)
@@ -209,8 +210,8 @@ def _drifts(
 
 def _drift(drifts: Sequence[tuple[int, float]], number: int) -> float:
     """That of the last action before a message, or of the first one after it; 0 when nothing tells."""
-    before = [drift for first, drift in drifts if first <= number]
-    return before[-1] if before else drifts[0][1] if drifts else 0.0
+    at = bisect_right(drifts, number, key=lambda row: row[0])
+    return drifts[max(at - 1, 0)][1] if drifts else 0.0
 
 
 def about(rows: Sequence[LogEntry], name: str) -> tuple[LogEntry, ...]:

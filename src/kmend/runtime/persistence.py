@@ -41,9 +41,9 @@ _LOADING = ("load", "unload", "disable", "enable")
 OFF_FILE = Path("/etc/kmend/off")
 #: The word on the kernel's command line that does so for one boot.
 OFF_WORD = "kmend=off"
-#: ``uname -r`` begins with the version, so no release is called like another file in STATE.
 #: File systems that a crash empties.
 _IN_MEMORY = ("tmpfs", "ramfs", "rootfs")
+#: ``uname -r`` begins with the version, so no release is called like another file in STATE.
 _RELEASE = re.compile(r"[0-9][0-9A-Za-z.+~_-]{0,63}\Z")
 _NAME = re.compile(rf"[0-9A-Za-z_]{{1,{MAX_MODULE_NAME}}}\Z")
 _FILE = re.compile(r"[0-9A-Za-z_]+\.[0-9a-f]{16}\.(ko|json)\Z")

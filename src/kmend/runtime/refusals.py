@@ -8,6 +8,8 @@ from kmend.runtime.observe import Seen
 
 #: So many tasks are named before a transition is forced.
 _NAMED = 20
+#: What is left when every task has switched.
+_IDLE = "(idle processors, or the kernel is finishing)"
 
 
 def known(seen: Seen, name: str) -> LivePatch:
@@ -118,7 +120,7 @@ def held_by(transition: Transition | None) -> list[str]:
     if transition is None:
         return ["which tasks is not known"]
     if not transition.left:
-        return ["no task of user space (idle processors, or the kernel is finishing)"]
+        return [f"no task of user space {_IDLE}"]
     shown = [f"{row.task.tid} ({row.task.name}) {row.why}" for row in transition.blockers[:_NAMED]]
     more = transition.left - len(shown)
     return [*shown, f"… and {more} more (kmend blockers)"] if more > 0 else shown
@@ -127,7 +129,7 @@ def held_by(transition: Transition | None) -> list[str]:
 def left_words(found: Followed) -> str:
     """How many tasks were left, in words."""
     if found.last is None:
-        return "no task of user space left (idle processors, or the kernel is finishing)"
+        return f"no task of user space left {_IDLE}"
     return f"{found.last.left} of {found.last.tasks} tasks left"
 
 
