@@ -59,8 +59,9 @@ class Sleepers:
         """
         self.guest.run("touch /root/s/hurry" if hurry else ":", check=True)
         self.guest.run("touch /root/s/release", check=True)
+        # its last act is to end them all: what comes next uses the same folder
         text = self.guest.run(
-            "while [ ! -e /root/s/results ]; do usleep 100000; done; cat /root/s/results", timeout=240
+            "while [ ! -e /root/s/status ]; do usleep 100000; done; cat /root/s/results", timeout=240
         ).text
         found = {}
         for line in text.splitlines():
@@ -103,8 +104,8 @@ def asleep(guest: Guest, seconds: int, *names: str) -> Sleepers:
         "while [ ! -e /root/s/asleep ]; do [ ! -e /root/s/status ] || { cat /root/s/out; exit 1; }; "
         "usleep 50000; done; cat /root/s/asleep",
         timeout=120,
-        check=True,
     )
+    assert done.status == 0, f"they did not fall asleep: {done.text}{done.errors}"
     rows = [line.split() for line in done.text.splitlines()]
     return Sleepers(guest, {name: int(pid) for name, pid in rows})
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -205,3 +208,35 @@ def test_the_log_of_one_patch_has_what_the_kernel_said_meanwhile(
 )
 def test_the_kernels_clock_drifts(first: float, last: float, expected: float) -> None:
     assert klog.drift(first, last, 10.0, 12.0) == expected
+
+
+@pytest.fixture
+def kmsg_pipe(place: Place) -> Iterator[int]:
+    """A FIFO in the place of /dev/kmsg: the descriptor to write to it."""
+    (place.dev / "kmsg").unlink(missing_ok=True)
+    os.mkfifo(place.dev / "kmsg")
+    fd = os.open(place.dev / "kmsg", os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+def test_the_cores_word_ends_listening(place: Place, kmsg_pipe: int) -> None:
+    with klog.KernelLog(place) as log:
+        said = threading.Timer(
+            0.1, os.write, (kmsg_pipe, b"6,2,5000000,-;livepatch: 'fix': patching complete\n")
+        )
+        began = time.monotonic()
+        said.start()
+        (row,) = log.listen(30)
+        assert row.message.text == "livepatch: 'fix': patching complete"
+        assert 0.05 < time.monotonic() - began < 15
+
+
+def test_what_others_say_is_kept_and_ends_nothing(place: Place, kmsg_pipe: int) -> None:
+    """Something that talks without end costs one look, not one for each word."""
+    with klog.KernelLog(place) as log:
+        os.write(kmsg_pipe, b"6,2,5000000,-;usb 1-1: new device\n")
+        began = time.monotonic()
+        assert [row.message.text for row in log.listen(0.3)] == ["usb 1-1: new device"]
+        assert time.monotonic() - began >= 0.3
+        assert log.listen(0.0) == ()

@@ -31,6 +31,10 @@ from kmend.runtime.wake import Woken, interrupt
 
 #: Seconds between two looks at the patch's own files: two small reads.
 _TICK = 0.02
+#: The same once the kernel has been silent for :data:`_QUIET` seconds: it tells in its log of every end, and
+#: while it works on one (it changes thousands of places in its code then) it needs the processor more.
+_REST = 0.2
+_QUIET = 1.0
 #: Seconds between two looks at all tasks, at least; never more than a fifth of the time is spent looking.
 _SWEEP = 0.2
 #: Seconds before a task that was interrupted is interrupted again: the kernel's own retry comes first.
@@ -39,6 +43,9 @@ _AGAIN = 1.5
 _UNEXPLAINED = 3.0
 #: Seconds between two retries of the kernel's: what is there after one does not go by itself at once.
 _RETRY = 1.0
+#: Seconds between two looks at all tasks when the last one found none left. Tasks that have switched stay so,
+#: and what they fork has; the kernel's next retry, 1.75 s later at most, and what it does then, come first.
+_SETTLED = 2.5
 #: What a task may be in for a moment without being held up.
 _PASSING = (Cause.RUNNING, Cause.KTHREAD_RUNNING, Cause.ENDED, Cause.UNRELIABLE, Cause.UNKNOWN)
 #: Looks that have found nothing new are kept about so many times in each doubling of the time.
@@ -67,6 +74,12 @@ class Patience:
     io_uring: bool = False
 
 
+def silent(seconds: float) -> bool:
+    """Wait where there is no kernel log to be heard."""
+    time.sleep(seconds)
+    return False
+
+
 @dataclass(slots=True)
 class Follower:
     """Follows one patch's transition towards ``goal`` (PATCHING or UNPATCHING)."""
@@ -78,7 +91,8 @@ class Follower:
     progress: Progress
     wake: Callable[[list[int]], Woken] = interrupt
     clock: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    #: waits so many seconds, or until the kernel speaks of livepatching; whether it has
+    wait: Callable[[float], bool] = silent
     #: told of each step when it is done, so that whoever watches can see it
     told: Callable[[Step], None] | None = None
     samples: list[Sample] = field(default_factory=list)
@@ -100,6 +114,7 @@ class Follower:
         next_look = self._began + min(_SWEEP, self.patience.before_waking)
         deadline, extended = self._began + self.patience.limit, False
         next_count = min(next_look, deadline)
+        spoken = self._began
         self.progress.step(f"{self.goal.value} {self.name}: waiting for tasks to switch")
         while True:
             end = self._end()
@@ -110,8 +125,7 @@ class Follower:
                 over = now >= deadline
                 seen = self._count()
                 counted = self.clock()
-                # a task that has switched stays so: with none left the kernel's next retry is waited for
-                pause = _SWEEP if seen is None or seen.pending else _RETRY
+                pause = _SWEEP if seen is None or seen.pending else _SETTLED
                 next_count = counted + max(pause, 4 * (counted - now))
                 if seen is not None and seen.pending and (over or now >= next_look):
                     knew = self._knows_aliases()
@@ -126,7 +140,9 @@ class Follower:
                     return self._followed(End.STALLED, self.clock())
                 if not over:
                     next_count = min(next_count, deadline)
-            self.sleep(_TICK)
+            quiet = self.clock() - spoken >= _QUIET
+            if self.wait(min(_REST, max(_TICK, next_count - self.clock())) if quiet else _TICK):
+                spoken = self.clock()
 
     def _knows_aliases(self) -> bool:
         return self._explainer is not None and self._explainer.knows_aliases

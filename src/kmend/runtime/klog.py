@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import select
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -97,6 +98,22 @@ class KernelLog:
             if record is not None:
                 found.append(record)
         return tuple(found)
+
+    def listen(self, seconds: float) -> tuple[Record, ...]:
+        """What came, and what comes within so many seconds; at once when the livepatch core speaks."""
+        found: list[Record] = []
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        while True:
+            found += self.read()
+            left = deadline - time.monotonic()
+            if left <= 0 or any(row.message.livepatch for row in found):
+                return tuple(found)
+            if found:  # something else talks, perhaps without end
+                time.sleep(left)
+            else:
+                poll.poll(left * 1000)
 
 
 def read_all(place: Place, with_text: bytes = b"") -> tuple[Record, ...]:
