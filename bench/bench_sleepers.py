@@ -17,7 +17,6 @@ the medians of patching are not what was wanted: 2 s at most with kmend, 15 s or
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -28,12 +27,7 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 import sleeping  # noqa: E402 - the path above makes it importable
 from sleeping import Ended  # noqa: E402 - as above
 
-from kmend.core import config  # noqa: E402 - as above
-from kmend.core.progress import Silent  # noqa: E402 - as above
-from kmend.core.target import Release  # noqa: E402 - as above
-from kmend.kernel.store import fetch  # noqa: E402 - as above
 from kmend.lab.guest import Guest  # noqa: E402 - as above
-from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
 from measure import show, spread  # noqa: E402 - as above
 
 RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
@@ -132,25 +126,18 @@ def main() -> int:
     """Each kernel in turn."""
     words = sys.argv[1:]
     runs = int(words.pop(0)) if words and words[0].isdigit() else 5
-    settings, good = config.load(), True
-    with tempfile.TemporaryDirectory(prefix="kmend-bench-sleepers-") as scratch:
-        program = sleeping.compiled("sleepers", Path(scratch))
-        for release in words or RELEASES:
-            target = fetch(settings, Release(release), Silent())
-            folder = Path(scratch) / release
-            module = sleeping.built(target, "sleepers", folder).read_bytes()
-            with Guest.of(LabKernel.of(target), settings.lab) as guest:
-                sleeping.settle(guest, program)
-                guest.put("/root/sleepers.ko", module)
-                kernel = Kernel(guest)
-                stock = kernel.undisturbed()
-                for _ in range(runs):
-                    for who, flags in SIDES.items():
-                        for verb in VERBS:
-                            kernel.transition(who, verb, *flags)
-                complaints = [row.text for row in guest.dmesg() if row.level < 4 and not row.livepatch]
-            good &= report(release, runs, stock, kernel)
-            print(f"kernel log, worse than a warning: {complaints or 'nothing'}")
+    good = True
+    for release in words or RELEASES:
+        with sleeping.prepared(release) as guest:
+            kernel = Kernel(guest)
+            stock = kernel.undisturbed()
+            for _ in range(runs):
+                for who, flags in SIDES.items():
+                    for verb in VERBS:
+                        kernel.transition(who, verb, *flags)
+            complaints = [row.text for row in guest.dmesg() if row.level < 4 and not row.livepatch]
+        good &= report(release, runs, stock, kernel)
+        print(f"kernel log, worse than a warning: {complaints or 'nothing'}")
     return 0 if good else 1
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +22,7 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 
 import sleeping  # noqa: E402 - the path above makes it importable
 
-from kmend.core import config  # noqa: E402 - as above
-from kmend.core.progress import Silent  # noqa: E402 - as above
-from kmend.core.target import Release  # noqa: E402 - as above
-from kmend.kernel.store import fetch  # noqa: E402 - as above
 from kmend.lab.guest import Guest  # noqa: E402 - as above
-from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
 from measure import show, spread  # noqa: E402 - as above
 
 RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
@@ -83,25 +77,19 @@ def main() -> int:
     """Each kernel in turn."""
     words = sys.argv[1:]
     runs = int(words.pop(0)) if words and words[0].isdigit() else 5
-    settings, rows = config.load(), []
-    with tempfile.TemporaryDirectory(prefix="kmend-bench-transition-") as scratch:
-        program = sleeping.compiled("sleepers", Path(scratch))
-        for release in words or RELEASES:
-            target = fetch(settings, Release(release), Silent())
-            module = sleeping.built(target, "sleepers", Path(scratch) / release).read_bytes()
-            with Guest.of(LabKernel.of(target), settings.lab) as guest:
-                sleeping.settle(guest, program)
-                guest.put("/root/sleepers.ko", module)
-                guest.run(TRACING, check=True)
-                found = [transition(guest) for _ in range(runs)]
-            columns = (
-                [row.free for row in found],
-                [row.retry for row in found],
-                [row.changing for row in found],
-                [row.whole for row in found],
-            )
-            many = sorted({row.retries for row in found})
-            rows.append([release, str(runs), *map(spread, columns), ", ".join(map(str, many))])
+    rows = []
+    for release in words or RELEASES:
+        with sleeping.prepared(release) as guest:
+            guest.run(TRACING, check=True)
+            found = [transition(guest) for _ in range(runs)]
+        columns = (
+            [row.free for row in found],
+            [row.retry for row in found],
+            [row.changing for row in found],
+            [row.whole for row in found],
+        )
+        many = sorted({row.retries for row in found})
+        rows.append([release, str(runs), *map(spread, columns), ", ".join(map(str, many))])
     show(
         "Patching 77 kinds of sleepers with kmend, in seconds (median; least-most)",
         ("", "runs", "no task left", "the retry that ends it", "cond_resched() back", "all", "retries"),

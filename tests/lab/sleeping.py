@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import inside
 
+from kmend.core import config
+from kmend.core.progress import Silent
 from kmend.core.run import run
-from kmend.core.target import Target
+from kmend.core.target import Release, Target
+from kmend.kernel.store import fetch
 from kmend.lab.guest import Guest
+from kmend.lab.kernel import LabKernel
 
 PROGRAMS = Path(__file__).parent / "programs"
 MOUNTS = """
@@ -93,6 +100,20 @@ def settle(guest: Guest, program: bytes) -> None:
     inside.settle(guest)
     guest.put("/root/sleepers", program, 0o755)
     guest.run(MOUNTS, check=True)
+
+
+@contextmanager
+def prepared(release: str) -> Iterator[Guest]:
+    """A guest of that kernel with the program, and the patch under its sleepers in ``/root/sleepers.ko``."""
+    settings = config.load()
+    with TemporaryDirectory(prefix="kmend-sleepers-") as scratch:
+        program = compiled("sleepers", Path(scratch))
+        target = fetch(settings, Release(release), Silent())
+        module = built(target, "sleepers", Path(scratch)).read_bytes()
+        with Guest.of(LabKernel.of(target), settings.lab) as guest:
+            settle(guest, program)
+            guest.put("/root/sleepers.ko", module)
+            yield guest
 
 
 def asleep(guest: Guest, seconds: int, *names: str) -> Sleepers:
