@@ -40,8 +40,6 @@ from kmend.runtime.place import Place
 WAY_BACK = 60.0
 #: Whoever answered "wait on" is asked again after so many seconds at the earliest.
 ASK_AGAIN = 10.0
-#: So many messages of the kernel are kept of one action, which may take days: more than its own log holds.
-_HEARD = 20_000
 
 
 class OnStall(Enum):
@@ -90,7 +88,6 @@ class Run:
     below: frozenset[str] = frozenset()
     replaced: tuple[str, ...] = ()
     heard: list[klog.Record] = field(default_factory=list)
-    forgot: bool = False
     note: Mapping[str, object] = field(default_factory=dict)
 
     def may_replace(self, cumulative: bool | None, names: Iterable[str]) -> None:
@@ -117,28 +114,11 @@ class Run:
         """Since the action began."""
         return round(time.monotonic() - self.began, 3)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait so long at most; True at once when the kernel's log says something of livepatching."""
-        if self.log is None:
-            time.sleep(seconds)
-            return False
-        found = self.log.listen(seconds)
-        self._hear(found)
-        return any(row.message.livepatch for row in found)
-
     def messages(self) -> tuple[KernelMessage, ...]:
-        """Everything that the kernel has said since the action began, as far as it could be read and kept."""
+        """Everything that the kernel has said since the action began, as far as it could be read."""
         if self.log is not None:
-            self._hear(self.log.read())
+            self.heard += self.log.read()
         return tuple(row.message for row in self.heard)
-
-    def _hear(self, found: Sequence[klog.Record]) -> None:
-        """Keep what the kernel says; where that is too much, of the older half what concerns livepatching."""
-        self.heard += found
-        if len(self.heard) > _HEARD:
-            first, older, newer = self.heard[0], self.heard[1 : _HEARD // 2], self.heard[_HEARD // 2 :]
-            self.heard = [first, *klog.concerning(older), *newer]
-            self.forgot = True
 
 
 class Actor:
@@ -255,9 +235,7 @@ class Actor:
             refused=refused,
             callbacks=run.called.told(),
             removed=tuple(run.removed),
-            warnings=tuple(
-                _warnings(messages, run.forgot or (run.log is not None and run.log.lost), run.action.journal)
-            ),
+            warnings=tuple(_warnings(messages, run.log is not None and run.log.lost, run.action.journal)),
             messages=tuple(row for row in messages if row.livepatch),
             seconds=seconds,
             note=run.note,
@@ -268,7 +246,7 @@ class Actor:
     # -- following ----------------------------------------------------------------------------------
 
     def _follower(self, run: Run, goal: Phase, patience: Patience) -> Follower:
-        return Follower(self.place, run.patch, goal, patience, self.progress, wait=run.wait, told=run.told)
+        return Follower(self.place, run.patch, goal, patience, self.progress, told=run.told)
 
     def _follow(self, run: Run, goal: Phase, following: Following) -> ActionReport | None:
         """Follow the transition; None: it has reached its goal. Otherwise the report of how it ended."""
@@ -439,7 +417,7 @@ def _warnings(messages: Sequence[KernelMessage], lost: bool, book: Journal) -> I
         yield Refusal(
             "log-overwritten",
             "a part of what the kernel said meanwhile is not known",
-            "something else fills its log: it was overwritten before kmend read it, or was too much to keep",
+            "its log was overwritten before kmend had read it: something else fills it",
             "a larger log (log_buf_len= on the kernel's command line) keeps more",
         )
     for report in kmsg.reports(messages):

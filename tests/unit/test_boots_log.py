@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -213,30 +214,66 @@ def test_the_kernels_clock_drifts(first: float, last: float, expected: float) ->
 @pytest.fixture
 def kmsg_pipe(place: Place) -> Iterator[int]:
     """A FIFO in the place of /dev/kmsg: the descriptor to write to it."""
-    (place.dev / "kmsg").unlink(missing_ok=True)
+    (place.dev / "kmsg").unlink()
     os.mkfifo(place.dev / "kmsg")
     fd = os.open(place.dev / "kmsg", os.O_RDWR)
     yield fd
     os.close(fd)
 
 
-def test_the_cores_word_ends_listening(place: Place, kmsg_pipe: int) -> None:
-    with klog.KernelLog(place) as log:
-        said = threading.Timer(
-            0.1, os.write, (kmsg_pipe, b"6,2,5000000,-;livepatch: 'fix': patching complete\n")
-        )
-        began = time.monotonic()
+def rings(bell: klog.Bell, seconds: float) -> tuple[bool, float, float]:
+    """Whether it rings, after how many seconds, and how many of a processor."""
+    began, used = time.monotonic(), time.process_time()
+    rang = bell.wait(seconds)
+    return rang, time.monotonic() - began, time.process_time() - used
+
+
+@pytest.mark.parametrize("others", [b"", b"6,2,4000000,-;usb 1-1: new device\n"])
+def test_the_cores_word_rings_the_bell(place: Place, kmsg_pipe: int, others: bytes) -> None:
+    word = b"6,3,5000000,-;livepatch: 'fix': patching complete\n"
+    with klog.Bell(place) as bell:
+        os.write(kmsg_pipe, others)
+        said = threading.Timer(0.2, os.write, (kmsg_pipe, word))
         said.start()
-        (row,) = log.listen(30)
-        assert row.message.text == "livepatch: 'fix': patching complete"
-        assert 0.05 < time.monotonic() - began < 15
+        rang, seconds, _ = rings(bell, 60)
+        assert rang and 0.15 < seconds < 30
+        assert not rings(bell, 0.1)[0]
 
 
-def test_what_others_say_is_kept_and_ends_nothing(place: Place, kmsg_pipe: int) -> None:
-    """Something that talks without end costs one look, not one for each word."""
-    with klog.KernelLog(place) as log:
-        os.write(kmsg_pipe, b"6,2,5000000,-;usb 1-1: new device\n")
-        began = time.monotonic()
-        assert [row.message.text for row in log.listen(0.3)] == ["usb 1-1: new device"]
-        assert time.monotonic() - began >= 0.3
-        assert log.listen(0.0) == ()
+@pytest.mark.parametrize(
+    "text", [b"6,2,5000000,-;usb 1-1: new device\n", b"14,2,5000000,-;livepatch: says a user's program\n"]
+)
+def test_what_others_say_does_not(place: Place, kmsg_pipe: int, text: bytes) -> None:
+    with klog.Bell(place) as bell:
+        os.write(kmsg_pipe, text)
+        rang, seconds, _ = rings(bell, 0.3)
+        assert not rang and seconds >= 0.3
+
+
+def test_a_bell_whose_log_was_overwritten_rings(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_fd: int, _size: int) -> bytes:
+        raise OSError(errno.EPIPE, "overwritten")
+
+    with klog.Bell(place) as bell:
+        monkeypatch.setattr(klog.os, "read", read)
+        assert bell.wait(5)
+
+
+def test_what_cannot_be_listened_to_costs_nothing(place: Place) -> None:
+    """/dev/null is always ready and never has anything; without a file the caller is to look for itself."""
+    (place.dev / "kmsg").unlink()
+    with klog.Bell(place) as bell:
+        rang, seconds, _ = rings(bell, 5)
+        assert not rang and seconds < 2
+    (place.dev / "kmsg").symlink_to("/dev/null")
+    with klog.Bell(place) as bell:
+        rang, seconds, used = rings(bell, 0.5)
+        assert not rang and seconds >= 0.5 and used < 0.25
+
+
+def test_where_very_much_is_said_the_bell_rings(place: Place) -> None:
+    """It does not read on for good: the word may be in what it skips."""
+    (place.dev / "kmsg").unlink()
+    (place.dev / "kmsg").symlink_to("/dev/zero")
+    with klog.Bell(place) as bell:
+        assert rings(bell, 60)[0]

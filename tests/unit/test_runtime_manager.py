@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from kmend import action
-from kmend.action import Choice, Following, OnStall, Run
+from kmend.action import Choice, Following, OnStall
 from kmend.core import kmsg
 from kmend.core.config import Config
 from kmend.core.errors import Failed, Unable, UsageError
@@ -24,7 +23,6 @@ from kmend.core.live import ActionReport, End, Followed, Phase, Result
 from kmend.core.progress import Silent
 from kmend.manager import Manager
 from kmend.runtime import act, journal, klog, observe
-from kmend.runtime.callbacks import Called
 from kmend.runtime.follow import Patience
 from kmend.runtime.journal import Journal
 from kmend.runtime.place import Place
@@ -685,25 +683,3 @@ def test_a_load_that_is_gone_on_with_knows_its_callbacks(machine: Machine) -> No
     assert (report.result, report.callbacks) == (Result.DONE, ("post_patch of vmlinux: ready()",))
     machine.patch(0, 1)
     assert machine.manager().unload("fix", Following()).callbacks == ()
-
-
-def test_of_a_log_that_something_fills_for_days_a_part_is_kept(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = iter(range(1, 10_000))
-
-    class Log:
-        lost = False
-
-        def read(self) -> tuple[klog.Record, ...]:
-            number = next(said)
-            text = "livepatch: 'fix': patching complete" if number == 5 else f"DROP IN=eth0 {number}"
-            return (klog.Record(number, kmsg.KernelMessage(float(number), 4, text)),)
-
-    monkeypatch.setattr(action, "_HEARD", 100)
-    book = Journal(machine.state, "b").begin("load", "fix", journal.who(machine.place, ""), "", {})
-    run = Run("load", "fix", book, cast(klog.KernelLog, Log()), Called(machine.place, None), 0.0)
-    for _ in range(1000):
-        messages = run.messages()
-    assert run.forgot and len(messages) <= 100
-    assert [row.number for row in (run.heard[0], run.heard[1], run.heard[-1])] == [1, 5, 1000]

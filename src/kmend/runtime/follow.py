@@ -24,6 +24,7 @@ from kmend.core.live import (
 from kmend.core.progress import Progress
 from kmend.runtime import blockers, tasks
 from kmend.runtime.blockers import Explainer
+from kmend.runtime.klog import Bell
 from kmend.runtime.patches import read_patch, read_patches
 from kmend.runtime.place import Place
 from kmend.runtime.tasks import Sweep
@@ -31,8 +32,9 @@ from kmend.runtime.wake import Woken, interrupt
 
 #: Seconds between two looks at the patch's own files: two small reads.
 _TICK = 0.02
-#: The same once the kernel has been silent for :data:`_QUIET` seconds: it tells in its log of every end, and
-#: while it works on one (it changes thousands of places in its code then) it needs the processor more.
+#: The same once the kernel has been silent for :data:`_QUIET` seconds, where its log can be listened to: it
+#: tells there of every end, and while it works on one (it changes thousands of places in its code) it needs
+#: the processor more.
 _REST = 0.2
 _QUIET = 1.0
 #: Seconds between two looks at all tasks, at least; never more than a fifth of the time is spent looking.
@@ -45,6 +47,7 @@ _UNEXPLAINED = 3.0
 _RETRY = 1.0
 #: Seconds between two looks at all tasks when the last one found none left. Tasks that have switched stay so,
 #: and what they fork has; the kernel's next retry, 1.75 s later at most, and what it does then, come first.
+#: What a look has missed (a thread whose neighbour ends while they are listed) is seen at the next one.
 _SETTLED = 2.5
 #: What a task may be in for a moment without being held up.
 _PASSING = (Cause.RUNNING, Cause.KTHREAD_RUNNING, Cause.ENDED, Cause.UNRELIABLE, Cause.UNKNOWN)
@@ -74,12 +77,6 @@ class Patience:
     io_uring: bool = False
 
 
-def silent(seconds: float) -> bool:
-    """Wait where there is no kernel log to be heard."""
-    time.sleep(seconds)
-    return False
-
-
 @dataclass(slots=True)
 class Follower:
     """Follows one patch's transition towards ``goal`` (PATCHING or UNPATCHING)."""
@@ -91,8 +88,8 @@ class Follower:
     progress: Progress
     wake: Callable[[list[int]], Woken] = interrupt
     clock: Callable[[], float] = time.monotonic
-    #: waits so many seconds, or until the kernel speaks of livepatching; whether it has
-    wait: Callable[[float], bool] = silent
+    #: waits so many seconds, or until the kernel speaks of livepatching; whether it has. None: its log's bell
+    wait: Callable[[float], bool] | None = None
     #: told of each step when it is done, so that whoever watches can see it
     told: Callable[[Step], None] | None = None
     samples: list[Sample] = field(default_factory=list)
@@ -109,6 +106,10 @@ class Follower:
 
     def run(self) -> Followed:
         """Follow it to its end, or to the limit. Nothing is undone when the limit is reached."""
+        with Bell(self.place) as bell:
+            return self._run(self.wait or bell.wait)
+
+    def _run(self, wait: Callable[[float], bool]) -> Followed:
         self._began = self.clock()
         # the sooner what sleeps is woken, the sooner the kernel's next retry finds nothing in its way
         next_look = self._began + min(_SWEEP, self.patience.before_waking)
@@ -138,10 +139,10 @@ class Follower:
                         deadline, extended, over = self.clock() + _AGAIN, True, False
                 if over and (self._last is not None or self._seconds() >= self._longest()):
                     return self._followed(End.STALLED, self.clock())
-                if not over:
-                    next_count = min(next_count, deadline)
+                limit = max(self._began + self._longest(), now + _TICK) if over else deadline
+                next_count = min(next_count, limit)
             quiet = self.clock() - spoken >= _QUIET
-            if self.wait(min(_REST, max(_TICK, next_count - self.clock())) if quiet else _TICK):
+            if wait(min(_REST, max(_TICK, next_count - self.clock())) if quiet else _TICK):
                 spoken = self.clock()
 
     def _knows_aliases(self) -> bool:

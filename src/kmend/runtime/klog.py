@@ -5,6 +5,7 @@ What the kernel of a former boot said is gone with it, but for what systemd's jo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -21,6 +22,10 @@ from kmend.runtime.place import Place, not_permitted
 
 #: A record is at most this long (kernel/printk/printk.c, PRINTKRB_RECORD_MAX and CONSOLE_EXT_LOG_MAX: 8192).
 RECORD = 8192
+
+#: Seconds that a :class:`Bell` sleeps before it reads, and so many records it reads at a time, at most.
+_BLINK = 0.02
+_MOST = 1000
 
 #: How the livepatch core and the module loader begin what concerns a livepatch. The loader has no prefix.
 CONCERNS = (
@@ -99,21 +104,59 @@ class KernelLog:
                 found.append(record)
         return tuple(found)
 
-    def listen(self, seconds: float) -> tuple[Record, ...]:
-        """What came, and what comes within so many seconds; at once when the livepatch core speaks."""
-        found: list[Record] = []
+
+class Bell:
+    """Rings when the livepatch core says something; what it says is left to others. A context manager.
+
+    One of its own for each who waits: reading moves on in the log, and much may be said that is skipped here.
+    """
+
+    def __init__(self, place: Place) -> None:
+        """Without a log it never rings."""
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(place.dev / "kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._fd, 0, os.SEEK_END)
+
+    def __enter__(self) -> Bell:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for so many seconds, less if it rings; whether it has. Without a log only for a blink."""
         deadline = time.monotonic() + seconds
         poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
+        if self._fd >= 0:
+            poll.register(self._fd, select.POLLIN)
         while True:
-            found += self.read()
+            # before each reading: others may talk without end
+            time.sleep(min(_BLINK, max(0.0, deadline - time.monotonic())))
+            if self._rang():
+                return True
             left = deadline - time.monotonic()
-            if left <= 0 or any(row.message.livepatch for row in found):
-                return tuple(found)
-            if found:  # something else talks, perhaps without end
-                time.sleep(left)
-            else:
-                poll.poll(left * 1000)
+            if left <= 0 or self._fd < 0:
+                return False
+            poll.poll(left * 1000)
+
+    def _rang(self) -> bool:
+        """Read on; True also when some of it is not known."""
+        for _ in range(_MOST):
+            try:
+                data = os.read(self._fd, RECORD)
+            except OSError as error:
+                return error.errno == errno.EPIPE  # overwritten before it was read
+            if not data:
+                return False
+            record = parse_record(data.decode(errors="replace")) if b"livepatch:" in data else None
+            if record is not None and record.message.livepatch and not record.message.user:
+                return True
+        with contextlib.suppress(OSError):
+            os.lseek(self._fd, 0, os.SEEK_END)
+        return True
 
 
 def read_all(place: Place, with_text: bytes = b"") -> tuple[Record, ...]:
