@@ -6,6 +6,7 @@ what is left. Doing the same by hand right away brings a transition to its end a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,11 +33,11 @@ from kmend.runtime.wake import Woken, interrupt
 
 #: Seconds between two looks at the patch's own files: two small reads.
 _TICK = 0.02
-#: The same once the kernel has been silent for :data:`_QUIET` seconds, where its log can be listened to: it
-#: tells there of every end, and while it works on one (it changes thousands of places in its code) it needs
-#: the processor more.
+#: The same while the kernel is silent, where its log can be listened to: it tells there of every end, and
+#: while it works on one (it changes thousands of places in its code) it needs the processor more. What it
+#: says comes true a moment later: the looks are close together for :data:`_ALERT` seconds.
 _REST = 0.2
-_QUIET = 1.0
+_ALERT = 1.0
 #: Seconds between two looks at all tasks, at least; never more than a fifth of the time is spent looking.
 _SWEEP = 0.2
 #: Seconds before a task that was interrupted is interrupted again: the kernel's own retry comes first.
@@ -115,7 +116,7 @@ class Follower:
         next_look = self._began + min(_SWEEP, self.patience.before_waking)
         deadline, extended = self._began + self.patience.limit, False
         next_count = min(next_look, deadline)
-        spoken = self._began
+        spoken = -math.inf
         self.progress.step(f"{self.goal.value} {self.name}: waiting for tasks to switch")
         while True:
             end = self._end()
@@ -141,8 +142,8 @@ class Follower:
                     return self._followed(End.STALLED, self.clock())
                 limit = max(self._began + self._longest(), now + _TICK) if over else deadline
                 next_count = min(next_count, limit)
-            quiet = self.clock() - spoken >= _QUIET
-            if wait(min(_REST, max(_TICK, next_count - self.clock())) if quiet else _TICK):
+            alert = self.clock() - spoken < _ALERT
+            if wait(_TICK if alert else min(_REST, max(_TICK, next_count - self.clock()))):
                 spoken = self.clock()
 
     def _knows_aliases(self) -> bool:
