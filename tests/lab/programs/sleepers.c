@@ -1134,7 +1134,7 @@ int main(int argc, char **argv)
 {
 	struct slot *slots, *s;
 	int64_t end;
-	int hurry;
+	int hurry, asleep;
 	size_t at;
 	char text[256];
 	FILE *file;
@@ -1157,17 +1157,11 @@ int main(int argc, char **argv)
 		s = &slots[at];
 		end = now() + 20000000000LL;
 		/* asleep twice in a row: it is not on the way in */
-		while (s->kind && !s->ended && now() < end) {
-			if (s->began && state_of(s->pid) == 'S') {
-				rest(10);
-				if (state_of(s->pid) == 'S')
-					break;
-			}
-			rest(5);
-		}
-		if (s->kind && (s->ended || state_of(s->pid) != 'S')) {
-			fprintf(stderr, "sleepers: %s does not sleep: %ld, %s\n", s->kind->name, s->ret,
-				s->err ? strerror(s->err) : "no error");
+		for (asleep = 0; s->kind && asleep < 2 && !s->ended && now() < end; rest(10))
+			asleep = s->began && state_of(s->pid) == 'S' ? asleep + 1 : 0;
+		if (s->kind && (s->ended || asleep < 2)) {
+			fprintf(stderr, "sleepers: %s does not sleep: state %c, %s %ld, %s\n", s->kind->name,
+				state_of(s->pid), s->ended ? "returned" : "not returned", s->ret, strerror(s->err));
 			return 1;
 		}
 	}
