@@ -716,7 +716,8 @@ static void with_lease(struct slot *s)
 static long lease_wait(struct slot *s)
 {
 	close(s->a);
-	return open(path(s), O_RDONLY) < 0 ? -1 : 0;
+	/* who only wants to read looks each jiffy: a downgrade has no fl_break_time (__break_lease(), fs/locks.c) */
+	return open(path(s), O_WRONLY) < 0 ? -1 : 0;
 }
 static void lease_release(struct slot *s) { fcntl(s->a, F_SETLEASE, F_UNLCK); }
 
