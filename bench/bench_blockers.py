@@ -20,13 +20,10 @@ import inside  # noqa: E402 - the path above makes it importable
 import sleeping  # noqa: E402 - as above
 import waiting  # noqa: E402 - as above
 
-from kmend.core import config  # noqa: E402 - as above
-from kmend.core.progress import Silent  # noqa: E402 - as above
 from kmend.core.target import Release  # noqa: E402 - as above
-from kmend.kernel.store import fetch  # noqa: E402 - as above
 from kmend.lab.guest import Guest  # noqa: E402 - as above
 from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
-from measure import show  # noqa: E402 - as above
+from measure import settings, show, target_of  # noqa: E402 - as above
 
 RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
 #: MB that `kmend blockers` may take.
@@ -37,13 +34,13 @@ def main() -> int:
     """Each kernel in turn."""
     words = sys.argv[1:]
     number = int(words.pop(0)) if words and words[0].isdigit() else 5000
-    settings, rows, good = config.load(), [], True
+    config, rows, good = settings(), [], True
     with tempfile.TemporaryDirectory(prefix="kmend-bench-blockers-") as scratch:
         program = sleeping.compiled("idle", Path(scratch))
         for release in words or RELEASES:
-            target = fetch(settings, Release(release), Silent())
+            target = target_of(config, Release(release))
             module = sleeping.built(target, "blockers", Path(scratch) / release)
-            with Guest.of(LabKernel.of(target), settings.lab) as guest:
+            with Guest.of(LabKernel.of(target), config.lab) as guest:
                 inside.settle(guest)
                 waiting.settle(guest, program, {"blockers": module})
                 waiting.many(guest, number)

@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 import sleeping  # noqa: E402 - the path above makes it importable
 from sleeping import Ended  # noqa: E402 - as above
 
+from kmend.core.target import Release  # noqa: E402 - as above
 from kmend.lab.guest import Guest  # noqa: E402 - as above
-from measure import show, spread  # noqa: E402 - as above
+from measure import settings, show, spread, target_of  # noqa: E402 - as above
 
 RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
 #: Calls with a timeout sleep so long: checks, loading and 17 s of transition must be over by then.
@@ -126,9 +127,9 @@ def main() -> int:
     """Each kernel in turn."""
     words = sys.argv[1:]
     runs = int(words.pop(0)) if words and words[0].isdigit() else 5
-    good = True
+    config, good = settings(), True
     for release in words or RELEASES:
-        with sleeping.prepared(release) as guest:
+        with sleeping.prepared(target_of(config, Release(release)), config) as guest:
             kernel = Kernel(guest)
             stock = kernel.undisturbed()
             for _ in range(runs):

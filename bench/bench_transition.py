@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 
 import sleeping  # noqa: E402 - the path above makes it importable
 
+from kmend.core.target import Release  # noqa: E402 - as above
 from kmend.lab.guest import Guest  # noqa: E402 - as above
-from measure import show, spread  # noqa: E402 - as above
+from measure import settings, show, spread, target_of  # noqa: E402 - as above
 
 RELEASES = ("6.1.0-56-amd64", "6.12.117+deb12-amd64")
 ATTEMPT, RETRY, END = "klp_try_complete_transition", "klp_transition_work_fn", "klp_complete_transition"
@@ -77,9 +78,9 @@ def main() -> int:
     """Each kernel in turn."""
     words = sys.argv[1:]
     runs = int(words.pop(0)) if words and words[0].isdigit() else 5
-    rows = []
+    config, rows = settings(), []
     for release in words or RELEASES:
-        with sleeping.prepared(release) as guest:
+        with sleeping.prepared(target_of(config, Release(release)), config) as guest:
             guest.run(TRACING, check=True)
             found = [transition(guest) for _ in range(runs)]
         columns = (

@@ -14,11 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 
-from kmend.core.progress import Silent
 from kmend.core.target import Release
-from kmend.kernel.store import fetch
 from kmend.klp.line import line as line_of
-from measure import settings, show
+from measure import settings, show, target_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/lab"))
 
@@ -38,7 +36,7 @@ def main() -> int:
     count = int(given[1]) if len(given) > 1 else 50
     first = int(given[2]) if len(given) > 2 else 1
     config = settings()
-    target = fetch(config, Release(release), Silent())
+    target = target_of(config, Release(release))
     line = line_of(*map(int, release.split(".")[:2]))
     began = monotonic()
     differ = steps = done = caught = 0

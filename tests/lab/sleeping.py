@@ -12,11 +12,9 @@ from typing import Any
 
 import inside
 
-from kmend.core import config
-from kmend.core.progress import Silent
+from kmend.core.config import Config
 from kmend.core.run import run
-from kmend.core.target import Release, Target
-from kmend.kernel.store import fetch
+from kmend.core.target import Target
 from kmend.lab.guest import Guest
 from kmend.lab.kernel import LabKernel
 
@@ -103,16 +101,13 @@ def settle(guest: Guest, program: bytes) -> None:
 
 
 @contextmanager
-def prepared(release: str) -> Iterator[Guest]:
-    """A guest of that kernel with the program, and the patch under its sleepers in ``/root/sleepers.ko``."""
-    settings = config.load()
+def prepared(target: Target, config: Config, name: str = "sleepers") -> Iterator[Guest]:
+    """A guest of that kernel with the program, and the module of a patch under its sleepers in ``/root``."""
     with TemporaryDirectory(prefix="kmend-sleepers-") as scratch:
-        program = compiled("sleepers", Path(scratch))
-        target = fetch(settings, Release(release), Silent())
-        module = built(target, "sleepers", Path(scratch)).read_bytes()
-        with Guest.of(LabKernel.of(target), settings.lab) as guest:
+        program, module = compiled("sleepers", Path(scratch)), built(target, name, Path(scratch))
+        with Guest.of(LabKernel.of(target), config.lab) as guest:
             settle(guest, program)
-            guest.put("/root/sleepers.ko", module)
+            guest.put(f"/root/{module.name}", module.read_bytes())
             yield guest
 
 

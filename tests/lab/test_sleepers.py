@@ -42,15 +42,9 @@ EARLY = {
 
 
 @pytest.fixture(scope="module", params=["target_56", "target_612"], ids=["6.1", "6.12"])
-def machine(
-    request: pytest.FixtureRequest, config: Config, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Guest]:
+def machine(request: pytest.FixtureRequest, config: Config) -> Iterator[Guest]:
     target: Target = request.getfixturevalue(request.param)
-    folder = tmp_path_factory.mktemp("sleepers")
-    module = sleeping.built(target, "sleepers", folder)
-    with Guest.of(LabKernel.of(target), config.lab) as running:
-        sleeping.settle(running, sleeping.compiled("sleepers", folder))
-        running.put("/root/sleepers.ko", module.read_bytes())
+    with sleeping.prepared(target, config) as running:
         yield running
 
 
@@ -88,14 +82,9 @@ def test_no_call_returns_what_it_would_not_without_kmend(machine: Guest) -> None
     assert {by_kernel[name] for name in ("epoll_wait", "semop", "sigwaitinfo")} == {f"errno {EINTR}"}
 
 
-def test_io_uring_waits_without_a_timeout_are_freed_unseen(
-    target_612: Target, config: Config, tmp_path: Path
-) -> None:
+def test_io_uring_waits_without_a_timeout_are_freed_unseen(target_612: Target, config: Config) -> None:
     """On 6.12, where the function that waits can be patched; the kernel alone never gets there."""
-    module = sleeping.built(target_612, "io-uring", tmp_path)
-    with Guest.of(LabKernel.of(target_612), config.lab) as guest:
-        sleeping.settle(guest, sleeping.compiled("sleepers", tmp_path))
-        guest.put("/root/io_uring.ko", module.read_bytes())
+    with sleeping.prepared(target_612, config, "io-uring") as guest:
         sleepers = sleeping.asleep(guest, 300, *RINGS)
         alone = sleeping.act(guest, "load", "/root/io_uring.ko", "--no-wake", "--wait", "22")
         assert (alone["status"], alone["result"]) == (1, "reversed")

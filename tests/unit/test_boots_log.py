@@ -212,8 +212,9 @@ def test_the_kernels_clock_drifts(first: float, last: float, expected: float) ->
 
 
 @pytest.fixture
-def kmsg_pipe(place: Place) -> Iterator[int]:
-    """A FIFO in the place of /dev/kmsg: the descriptor to write to it."""
+def kmsg_pipe(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A FIFO in the place of /dev/kmsg: the descriptor to write to it. It has no end to go to."""
+    monkeypatch.setattr(klog.os, "lseek", lambda *_: 0)
     (place.dev / "kmsg").unlink()
     os.mkfifo(place.dev / "kmsg")
     fd = os.open(place.dev / "kmsg", os.O_RDWR)

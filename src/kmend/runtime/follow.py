@@ -53,7 +53,7 @@ _SETTLED = 2.5
 #: What a task may be in for a moment without being held up.
 _PASSING = (Cause.RUNNING, Cause.KTHREAD_RUNNING, Cause.ENDED, Cause.UNRELIABLE, Cause.UNKNOWN)
 #: Looks that have found nothing new are kept about so many times in each doubling of the time.
-_KEPT = 100.0
+_KEPT = 110.0
 #: So many tasks are read, and then woken, at a time; the first of them are what is told.
 _CHUNK = 500
 
@@ -140,8 +140,7 @@ class Follower:
                         deadline, extended, over = self.clock() + _AGAIN, True, False
                 if over and (self._last is not None or self._seconds() >= self._longest()):
                     return self._followed(End.STALLED, self.clock())
-                limit = max(self._began + self._longest(), now + _TICK) if over else deadline
-                next_count = min(next_count, limit)
+                next_count = min(next_count, self._began + self._longest() if over else deadline)
             alert = self.clock() - spoken < _ALERT
             if wait(_TICK if alert else min(_REST, max(_TICK, next_count - self.clock()))):
                 spoken = self.clock()

@@ -81,13 +81,19 @@ class KernelLog:
             os.close(self._fd)
             self._fd = -1
 
-    def read(self, with_text: bytes = b"") -> tuple[Record, ...]:
+    def read(self, with_text: bytes = b"", most: int | None = None) -> tuple[Record, ...]:
         """What came since the last call (at first: everything that the kernel still has).
 
         Only records that have ``with_text`` in them: a long log need not be taken apart for a few lines.
+        ``most``: when there are more records, the rest is skipped, and is :attr:`lost`.
         """
-        found = []
+        found, looked = [], 0
         while self._fd >= 0:
+            if looked == most:
+                self.lost = True
+                os.lseek(self._fd, 0, os.SEEK_END)
+                break
+            looked += 1
             try:
                 data = os.read(self._fd, RECORD)
             except OSError as error:
@@ -104,6 +110,12 @@ class KernelLog:
                 found.append(record)
         return tuple(found)
 
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to read, so many seconds at most."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.poll(seconds * 1000)
+
 
 class Bell:
     """Rings when the livepatch core says something; what it says is left to others. A context manager.
@@ -113,50 +125,38 @@ class Bell:
 
     def __init__(self, place: Place) -> None:
         """Without a log it never rings."""
-        self._fd = -1
-        with contextlib.suppress(OSError):
-            self._fd = os.open(place.dev / "kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(self._fd, 0, os.SEEK_END)
+        self._log: KernelLog | None = None
+        with contextlib.suppress(Unable):
+            self._log = KernelLog(place, new_only=True)
 
     def __enter__(self) -> Bell:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._log is not None:
+            self._log.close()
 
     def wait(self, seconds: float) -> bool:
         """Wait for so many seconds, less if it rings; whether it has. Without a log only for a blink."""
         deadline = time.monotonic() + seconds
-        poll = select.poll()
-        if self._fd >= 0:
-            poll.register(self._fd, select.POLLIN)
         while True:
             # before each reading: others may talk without end
             time.sleep(min(_BLINK, max(0.0, deadline - time.monotonic())))
-            if self._rang():
+            if self._log is None:
+                return False
+            if _spoken(self._log):
                 return True
             left = deadline - time.monotonic()
-            if left <= 0 or self._fd < 0:
+            if left <= 0:
                 return False
-            poll.poll(left * 1000)
+            self._log.wait(left)
 
-    def _rang(self) -> bool:
-        """Read on; True also when some of it is not known."""
-        for _ in range(_MOST):
-            try:
-                data = os.read(self._fd, RECORD)
-            except OSError as error:
-                return error.errno == errno.EPIPE  # overwritten before it was read
-            if not data:
-                return False
-            record = parse_record(data.decode(errors="replace")) if b"livepatch:" in data else None
-            if record is not None and record.message.livepatch and not record.message.user:
-                return True
-        with contextlib.suppress(OSError):
-            os.lseek(self._fd, 0, os.SEEK_END)
-        return True
+
+def _spoken(log: KernelLog) -> bool:
+    """Whether the livepatch core has said something since the last look; True also when that is not known."""
+    said = log.read(b"livepatch:", _MOST)
+    lost, log.lost = log.lost, False
+    return lost or any(row.message.livepatch and not row.message.user for row in said)
 
 
 def read_all(place: Place, with_text: bytes = b"") -> tuple[Record, ...]:

@@ -1158,8 +1158,11 @@ int main(int argc, char **argv)
 		s = &slots[at];
 		end = now() + 20000000000LL;
 		/* asleep twice in a row: it is not on the way in */
-		for (asleep = 0; s->kind && asleep < 2 && !s->ended && now() < end; rest(10))
+		for (asleep = 0; s->kind && !s->ended && now() < end; rest(10)) {
 			asleep = s->began && state_of(s->pid) == 'S' ? asleep + 1 : 0;
+			if (asleep == 2)
+				break;
+		}
 		if (s->kind && (s->ended || asleep < 2)) {
 			fprintf(stderr, "sleepers: %s does not sleep: state %c, %s %ld, %s\n", s->kind->name,
 				state_of(s->pid), s->ended ? "returned" : "not returned", s->ret, strerror(s->err));
