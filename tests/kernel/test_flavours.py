@@ -103,7 +103,7 @@ def test_a_change_is_built_and_tried(
 def test_a_real_time_kernel_says_so(flavour: Target) -> None:
     rt = "-rt-" in flavour.release
     assert ("PREEMPT_RT" in flavour.version.split()) is rt
-    names = [row["name"] for row in store.record_of(flavour)["packages"]]  # type: ignore[attr-defined]
+    names = [row["name"] for row in store.record_of(flavour)["packages"]]  # type: ignore[attr-defined]  # JSON
     assert any(name.endswith(".debian.tar.xz") for name in names) is rt
     assert (flavour.source / "localversion-rt").exists() is rt
     release = flavour.source / "include/generated/utsrelease.h"

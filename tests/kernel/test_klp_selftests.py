@@ -341,7 +341,7 @@ def test_the_replay_finds_a_model_that_is_wrong(target_56: Target, monkeypatch: 
 
     def silent(k: Kernel, patch: object, state: int) -> None:
         k.debug, keep = frozenset(), k.debug
-        original(k, patch, state)  # type: ignore[arg-type]
+        original(k, patch, state)  # type: ignore[arg-type]  # handed through
         k.debug = keep
 
     original = core.klp_init_transition

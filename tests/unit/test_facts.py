@@ -155,7 +155,7 @@ class NoFiles:
     def image(self) -> Image:
         raise Unable("/boot/vmlinuz-6.1.0 cannot be read", why="No such file", rule="no-image")
 
-    def module(self, _name: str) -> None:
+    def module(self, _name: str) -> ElfFile | None:
         return None
 
 
@@ -225,7 +225,7 @@ def test_without_symbols_only_what_needs_none_is_held(place: Place, monkeypatch:
 
 def test_a_module_other_than_its_file_is_not_known(place: Place) -> None:
     class Files(NoFiles):
-        def module(self, _name: str) -> ElfFile:  # type: ignore[override]
+        def module(self, _name: str) -> ElfFile:
             return read(elf())
 
     (place.module("ext4") / "notes").mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import lzma
+import mmap
 import struct
 from pathlib import Path
 
@@ -353,8 +354,6 @@ def test_absent_indexes_say_so(target: Target) -> None:
 
 @given(st.lists(NAMES, min_size=1, max_size=40), NAMES)
 def test_bisection_finds_the_first_row(names: list[str], wanted: str) -> None:
-    import mmap  # noqa: PLC0415
-
     rows = sorted(f"{name}\tf\tm{i}\n" for i, name in enumerate(names))
     text = "".join(rows).encode()
     with mmap.mmap(-1, len(text)) as data:

@@ -63,7 +63,7 @@ def request(
 
 def refused(tmp_path: Path, *patches: Path, **more: object) -> KmendError:
     with pytest.raises(KmendError) as error:
-        run_trial(request(tmp_path, *patches, **more), Silent())  # type: ignore[arg-type]
+        run_trial(request(tmp_path, *patches, **more), Silent())  # type: ignore[arg-type]  # as given
     assert not (tmp_path / "lab").exists()
     return error.value
 
@@ -208,7 +208,7 @@ def report(**changes: object) -> TrialReport:
     )
     stock = Side(runs=(run_row(1, Phase.STOCK),), reports=OOPS, taint_before=0, taint_after=128)
     whole = TrialReport(RELEASE, Outcome.PASSED, "it passed", "", "tcg", (GOOD,), stock, patched)
-    return replace(whole, **changes)  # type: ignore[arg-type]
+    return replace(whole, **changes)  # type: ignore[arg-type]  # any of its fields
 
 
 def test_the_document_is_json_and_has_both_sides() -> None:

@@ -394,7 +394,7 @@ def test_keys_sizes_and_the_end(started) -> None:  # type: ignore[no-untyped-def
     assert terminal.data.rindex(CURSOR) > terminal.data.rindex(b"\x1b[?25l")
 
 
-def test_control_c_leaves_the_terminal_as_it_was(started) -> None:  # type: ignore[no-untyped-def]
+def test_control_c_leaves_the_terminal_as_it_was(started) -> None:  # type: ignore[no-untyped-def]  # as above
     terminal = started()
     before = termios.tcgetattr(terminal.fd)
     terminal.wait(b"24 of 90")
@@ -406,7 +406,7 @@ def test_control_c_leaves_the_terminal_as_it_was(started) -> None:  # type: igno
     assert b"Traceback" not in terminal.data
 
 
-def test_control_z_gives_the_screen_back_meanwhile(started) -> None:  # type: ignore[no-untyped-def]
+def test_control_z_gives_the_screen_back_meanwhile(started) -> None:  # type: ignore[no-untyped-def]  # as above
     terminal = started()
     terminal.wait(b"24 of 90")
     os.write(terminal.fd, b"\x1a")
@@ -419,7 +419,7 @@ def test_control_z_gives_the_screen_back_meanwhile(started) -> None:  # type: ig
     assert terminal.end() == 0
 
 
-def test_an_error_is_told_on_the_screen_before(started) -> None:  # type: ignore[no-untyped-def]
+def test_an_error_is_told_on_the_screen_before(started) -> None:  # type: ignore[no-untyped-def]  # as above
     terminal = started(fails=True)
     assert terminal.end() == 3
     assert terminal.data.rindex(b"it is gone") > terminal.data.rindex(LEAVE)

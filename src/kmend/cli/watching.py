@@ -198,6 +198,7 @@ class Keys:
 
         if self._before is not None:
             with suppress(OSError, termios.error):
+                # typeshed: what tcgetattr() gives is not what tcsetattr() takes
                 termios.tcsetattr(self.fd, termios.TCSADRAIN, self._before)  # type: ignore[arg-type]
             self._before, self.fd = None, -1
 

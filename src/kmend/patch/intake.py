@@ -476,7 +476,7 @@ def _decoded(text: str) -> str:
     if "=?" not in text:
         return text
     from email.errors import HeaderParseError  # noqa: PLC0415 - the mail library is not small, and few need it
-    from email.header import decode_header  # noqa: PLC0415
+    from email.header import decode_header  # noqa: PLC0415 - as above
 
     try:
         encoded = decode_header(text)

@@ -79,7 +79,7 @@ class Action:
 def page(occasion: Occasion, reports: Sequence[ActionReport], builds: Sequence[BuildReport | None]) -> str:
     """The whole file; ``builds`` has the build report of each action's patch where it is known."""
     # only who asks for a page waits until the template engine is loaded
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
+    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 - as said above
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
