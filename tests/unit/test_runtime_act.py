@@ -370,6 +370,31 @@ def test_what_is_woken_at_the_limit_gets_the_kernels_next_retry(place: Place) ->
     assert 1.7 < found.seconds < 2.2
 
 
+def test_who_is_in_a_function_by_its_other_name_is_woken_after_those_whose_stacks_tell(place: Place) -> None:
+    """Reading all symbols takes a while, in which the kernel's first retry may come."""
+    write(place.proc / "kallsyms", "ffffffff81000010 T f\nffffffff81000010 t alias\n")
+    for tid, frame in ((6, "alias"), (8, "f"), (9, "elsewhere")):
+        task = place.proc / f"{tid}/task/{tid}"
+        write(task / "stat", f"{tid} (reader) S 1 1 1 0 -1 0 0 0")
+        write(task / "patch_state", "0\n")
+        write(task / "stack", f"[<0>] {frame}+0x1/0x9\n")
+    batches: list[tuple[list[int], bool]] = []
+
+    def wake_up(tids: list[int]) -> Woken:
+        batches.append((tids, one._knows_aliases()))
+        return Woken(tids, {})
+
+    one = follower(Kernel(place, {1.0: {"transition": "0\n"}}), Phase.PATCHING, 60, [])
+    one.wake = wake_up
+    found = one.run()
+    assert batches == [([7, 8], False), ([6], True)]
+    assert found.first is not None
+    assert [(row.task.tid, row.function) for row in found.first.blockers] == [
+        *((6, "f"), (7, "f"), (8, "f")),
+        (9, ""),
+    ]
+
+
 def test_once_no_task_is_left_the_kernel_has_the_processor(place: Place) -> None:
     """Its retry then changes thousands of places in its own code: nothing is to get in its way."""
     write(place.proc / "7/task/7/patch_state", "1\n")

@@ -70,9 +70,18 @@ class Explainer:
         """Whether all symbols have been read for the other names of the functions."""
         return self._with_aliases is not None
 
-    def explain(self, task: Task) -> Blocker:
-        """Why this task has not switched, and what helps."""
-        row = self._hit(task)
+    def read_aliases(self) -> None:
+        """Read all symbols for the other names of the functions, once; it takes a while."""
+        if self._with_aliases is None:
+            self._with_aliases = self.seeker.with_aliases(self.place)
+
+    def undecided(self, row: Blocker) -> bool:
+        """Whether the functions' other names, which have not been read yet, may put this task into one."""
+        return self._with_aliases is None and not row.function and _may_be_inside(row.task)
+
+    def explain(self, task: Task, *, aliases: bool = True) -> Blocker:
+        """Why this task has not switched, and what helps. ``aliases``: read all symbols if that may tell."""
+        row = self._hit(task, aliases)
         function, where = (row.name, row.object) if row else ("", "")
         cause = _cause(task, row is not None)
         # there alone the kernel's own restart does not come to help
@@ -82,15 +91,19 @@ class Explainer:
         wakeable = unseen or (cause is Cause.IN_FUNCTION and row is not None)
         return Blocker(task, cause, function, where, why, remedy, wakeable)
 
-    def _hit(self, task: Task) -> Watched | None:
+    def _hit(self, task: Task, aliases: bool) -> Watched | None:
         """The code that changes in which the task is."""
         stack = task.stack or ()
         hit = self.seeker.find(stack)
-        if hit is None and stack and task.state != "R":
-            if self._with_aliases is None:
-                self._with_aliases = self.seeker.with_aliases(self.place)
-            hit = self._with_aliases.find(stack)
+        if hit is None and _may_be_inside(task):
+            if aliases:
+                self.read_aliases()
+            hit = self._with_aliases.find(stack) if self._with_aliases is not None else None
         return hit[0] if hit is not None else None
+
+
+def _may_be_inside(task: Task) -> bool:
+    return bool(task.stack) and task.state != "R"
 
 
 def seeker(patch: LivePatch, patches: Sequence[LivePatch]) -> Seeker:
@@ -154,16 +167,19 @@ def explained(
     explainer: Explainer,
     pending: Sequence[tuple[int, int]],
     brief: Callable[[int], bool] = lambda _tid: False,
+    *,
+    aliases: bool = True,
 ) -> tuple[Blocker, ...]:
     """These (process, thread) numbers with their reasons; what has ended is left out.
 
-    ``brief`` says of which threads no more is read than :func:`read_task` does then.
+    ``brief`` says of which threads no more is read than :func:`read_task` does then; ``aliases``: see
+    :meth:`Explainer.explain`.
     """
     found = []
     for pid, tid in pending:
         task = read_task(place, pid, tid, brief=brief(tid))
         if task is not None:
-            found.append(explainer.explain(task))
+            found.append(explainer.explain(task, aliases=aliases))
     return tuple(found)
 
 

@@ -215,22 +215,38 @@ class Follower:
         # failed before; at the limit, when what holds the transition up is told, all are read in full.
         waking = self.patience.wake and now >= self._began + self.patience.before_waking
         found: tuple[Blocker, ...] = ()
+        undecided: list[tuple[int, int]] = []
         for at in range(0, len(seen.pending) if waking else _CHUNK, _CHUNK):
-            rows = blockers.explained(
-                self.place,
-                self._explainer,
-                seen.pending[at : at + _CHUNK],
-                lambda tid: not late and tid not in self.failed,
-            )
+            rows = self._explained(seen.pending[at : at + _CHUNK], late, aliases=not waking)
             if waking:
                 self._wake([row for row in rows if self._may_wake(row, now)], now)
+                undecided += [(row.task.pid, row.task.tid) for row in rows if self._explainer.undecided(row)]
             found = found or rows
+        if undecided:
+            # reading all symbols may take longer than the kernel's next retry is away: those that are known
+            # without them are on their way by now
+            self._explainer.read_aliases()
+            again = {row.task.tid: row for row in self._explained(undecided, late)}
+            self._wake([row for row in again.values() if self._may_wake(row, now)], now)
+            found = tuple(again.get(row.task.tid, row) for row in found)
         self._last = Transition(
             self.name, self.goal, self._target(), seen.tasks, len(seen.pending), found, seen.unreadable
         )
         self._first = self._first or self._last
         self._tell_what_it_waits_for(found, now)
         return len(self.woken) > before
+
+    def _explained(
+        self, pending: Sequence[tuple[int, int]], late: bool, *, aliases: bool = True
+    ) -> tuple[Blocker, ...]:
+        assert self._explainer is not None
+        return blockers.explained(
+            self.place,
+            self._explainer,
+            pending,
+            lambda tid: not late and tid not in self.failed,
+            aliases=aliases,
+        )
 
     def _tell_what_it_waits_for(self, rows: Sequence[Blocker], now: float) -> None:
         """A step for each cause, once: what is left although everything that can be done about it is done."""
