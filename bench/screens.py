@@ -225,7 +225,7 @@ def page_of(screen: pyte.Screen, title: str) -> str:
     used = max((at for at, line in enumerate(screen.display) if line.strip()), default=0) + 1
     lines = []
     for y in range(used):
-        spans = []
+        spans: list[tuple[str, list[str]]] = []
         for x in range(COLUMNS):
             one = screen.buffer[y][x]
             fore, back = colour(one.fg), _BACK if one.bg == "default" else colour(one.bg)

@@ -138,14 +138,19 @@ class World:
             case "test_klp_callbacks_mod":
                 return Module(
                     name,
-                    init=lambda _k, _mod: self.info(name, "test_klp_callbacks_mod_init") or 0,
+                    init=lambda _k, _mod: self._begins(name),
                     exit=lambda _k, _mod: self.info(name, "test_klp_callbacks_mod_exit"),
                 )
             case "test_klp_callbacks_busy":
                 return self._busy(name, parameters)
             case "test_klp_shadow_vars":
                 return Module(name, init=lambda _k, _mod: ShadowTest(self, name).run(), exit=_nothing)
-        raise KeyError(name)
+            case _:
+                raise KeyError(name)
+
+    def _begins(self, name: str) -> int:
+        self.info(name, "test_klp_callbacks_mod_init")
+        return 0
 
     def _livepatch(self, name: str, row: Row, parameters: dict[str, str]) -> Module:
         symbols: list[Function] = []

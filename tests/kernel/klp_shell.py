@@ -272,7 +272,8 @@ class Parser:
                 return For(name, tuple(w for w in words if not isinstance(w, str)), body)
             case "while" | "case" | "function" | "until":
                 raise Unsupported(self.keyword())
-        return self.simple()
+            case _:
+                return self.simple()
 
     def simple(self) -> Node:
         if (found := self.assignment()) is not None:
@@ -389,11 +390,12 @@ class Shell:
                 return self.each(body)
             case For(name, words, body):
                 status = 0
-                for value in self.expand(words):
-                    self.variables[name] = value
+                for word in self.expand(words):
+                    self.variables[name] = word
                     status = self.each(body)
                 return status
-        raise Unsupported(repr(node))
+            case _:
+                raise Unsupported(repr(node))
 
     def each(self, nodes: Sequence[Node]) -> int:
         status = 0
@@ -423,7 +425,8 @@ class Shell:
                 return int(int(left) != int(right))
             case [left, "-ne", right]:
                 return int(int(left) == int(right))
-        raise Unsupported(f"the test {words}")
+            case _:
+                raise Unsupported(f"the test {words}")
 
     def text(self, word: Word) -> str:
         """A word as one string."""

@@ -143,7 +143,8 @@ def test_a_patch_that_does_not_apply(
     assert row["rule"] == rule
     assert row["what"] and row["why"] and row["next_step"]
     assert files(cache) == set()
-    assert left(cache) == list(out.iterdir()) == []
+    assert left(cache) == []
+    assert list(out.iterdir()) == []
 
 
 # -- kernels and packages ----------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from kmend.klp.ftrace import set_ftrace_enabled
 from kmend.klp.line import LINES, Line
 from kmend.klp.module import delete_module, load_module
 from kmend.klp.sched import advance, fork, new_kernel_tasks, seconds
-from kmend.klp.structs import DEBUG_FUNCTIONS, EINVAL, Kernel, Level
+from kmend.klp.structs import DEBUG_FUNCTIONS, EINVAL, Kernel, Level, Patch
+from kmend.klp.transition import klp_init_transition
 
 pytestmark = pytest.mark.target
 
@@ -172,10 +173,16 @@ class Replay:
         found = [line for line in self.read(path).splitlines() if re.search(pattern, line)]
         return int(not found), "" if quiet else "".join(line + "\n" for line in found)
 
+    def found(self, pattern: str) -> str:
+        """What the pattern's group matches in functions.sh, which has to have it."""
+        match = re.search(pattern, self.functions, re.MULTILINE)
+        assert match is not None, pattern
+        return match[1]
+
     def until(self, condition: Callable[[], bool], failure: str) -> None:
         """``loop_until``: MAX_RETRIES attempts, RETRY_INTERVAL seconds apart."""
-        retries = int(re.search(r"^MAX_RETRIES=(\d+)", self.functions, re.MULTILINE)[1])
-        interval = float(re.search(r'^RETRY_INTERVAL="([\d.]+)"', self.functions, re.MULTILINE)[1])
+        retries = int(self.found(r"^MAX_RETRIES=(\d+)"))
+        interval = float(self.found(r'^RETRY_INTERVAL="([\d.]+)"'))
         for _ in range(retries + 1):
             self.world.hammer()
             if condition():
@@ -191,8 +198,8 @@ class Replay:
 
     def setup_config(self) -> None:
         """``set_dynamic_debug``: all of kernel/livepatch, without the functions that it switches off."""
-        switched = re.search(r"file kernel/livepatch/\* \+p\n((?:\s*func \w+ -p\n)*)", self.functions)
-        off = re.findall(r"func (\w+) -p", switched[1])
+        switched = self.found(r"file kernel/livepatch/\* \+p\n((?:\s*func \w+ -p\n)*)")
+        off = re.findall(r"func (\w+) -p", switched)
         self.world.k.debug = DEBUG_FUNCTIONS - set(off)
         self.set_ftrace_enabled("1")
 
@@ -339,12 +346,12 @@ def test_every_selftest_scenario_has_the_kernels_log_on_the_model(
 def test_the_replay_finds_a_model_that_is_wrong(target_56: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the second log line of a transition, no scenario of a script may pass."""
 
-    def silent(k: Kernel, patch: object, state: int) -> None:
+    def silent(k: Kernel, patch: Patch, state: int) -> None:
         k.debug, keep = frozenset(), k.debug
-        original(k, patch, state)  # type: ignore[arg-type]  # handed through
+        original(k, patch, state)
         k.debug = keep
 
-    original = core.klp_init_transition
+    original = klp_init_transition
     monkeypatch.setattr(core, "klp_init_transition", silent)
     folder = target_56.source / SELFTESTS
     one = Replay(folder, folder / "test-livepatch.sh", LINES["6.1"])

@@ -37,9 +37,9 @@ def changed(
     flags = compiling.SPLIT_WITH_TYPES
     old = compiling.original(config, target, unit, command, extra_flags=flags)
     new = compiling.compile_unit(target, unit, command, tree=tree, out=folder / "out", extra_flags=flags)
-    pair = [UnitObject.parse(made.path.read_bytes(), unit.obj) for made in (old, new)]
-    selection = select(compare(*pair))
-    names = {pair[0].parts[row.original].name for row in selection.changed}
+    was, becomes = (UnitObject.parse(made.path.read_bytes(), unit.obj) for made in (old, new))
+    selection = select(compare(was, becomes))
+    names = {was.parts[row.original].name for row in selection.changed}
     return review([ReviewUnit(unit.owner, selection)]), names
 
 

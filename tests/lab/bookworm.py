@@ -92,6 +92,8 @@ def sources() -> list[tuple[str, str]]:
         match line.split():
             case [address, _, codename, "main"] if codename.startswith(SUITE):
                 rows[address, codename] = None
+            case _:  # another repository's
+                continue
     return list(rows)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kmend
+from kmend.core.target import Target
 from kmend.lab.channel import Done
 from kmend.lab.guest import Guest
 
@@ -41,6 +42,12 @@ def settle(guest: Guest, libraries: Iterable[str] = ()) -> None:
                     archive.add(place, str(file))
     guest.run(f"mkdir -p {PLACE} && tar -C {PLACE} -xf -", stdin=out.getvalue(), check=True)
     guest.put("/usr/local/bin/kmend", _COMMAND.encode(), 0o755)
+
+
+def boot_image(guest: Guest, target: Target) -> None:
+    """The kernel's image in the guest's ``/boot``, where a machine that boots by itself has it."""
+    assert target.vmlinuz is not None
+    guest.put(f"/boot/vmlinuz-{target.release}", target.vmlinuz.read_bytes())
 
 
 def ask(guest: Guest, *words: str, timeout: float = 120.0) -> Done:

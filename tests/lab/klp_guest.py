@@ -207,8 +207,9 @@ def _steps(rng: random.Random) -> list[Step]:
         )
         match rng.choices(range(8), (26, 20, 9, 8, 16, 16, 9, 4))[0]:
             case 0 if absent:
-                steps.append(Load(rng.choice(absent)))
-                loaded.append(steps[-1].module)
+                chosen = rng.choice(absent)
+                steps.append(Load(chosen))
+                loaded.append(chosen)
             case 1 if there:
                 steps.append(Write(rng.choice(there), "enabled", rng.choice("00001")))
             case 2 if not any(function in FUNCTIONS["kd_late"] for function in inside.values()):
@@ -312,7 +313,8 @@ def command(step: Step, files: dict[str, str]) -> str:
             return f"leave {TASKS.index(task)}"
         case Wait(count):
             return f"sleep {count}; echo 'R 0'"
-    raise NotImplementedError(step)
+        case _:
+            raise NotImplementedError(step)
 
 
 class Ground:

@@ -88,7 +88,7 @@ def built(target: Target, name: str, folder: Path) -> Path:
     line = "6.12" if target.release.startswith("6.12") else "6.1"
     patch = PROGRAMS / f"{name}-{line}.patch"
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["build", patch, "-n", name.replace("-", "_"), "--kernel", target.release, "-o", folder]
+    words = ("build", patch, "-n", name.replace("-", "_"), "--kernel", target.release, "-o", folder)
     run([sys.executable, "-m", "kmend", *words], timeout=900)
     return folder / f"{name.replace('-', '_')}.ko"
 

@@ -256,7 +256,7 @@ def guest(machine: Guest) -> Iterator[Guest]:
 @pytest.fixture
 def image(guest: Guest, target: Target) -> Iterator[None]:
     """The kernel's image in /boot: what runs is compared with it. That takes the guest half a minute."""
-    guest.put(f"/boot/vmlinuz-{target.release}", target.vmlinuz.read_bytes())
+    inside.boot_image(guest, target)
     folder = Path(zstandard.__file__).parent  # what packs the image of newer kernels; the guest lacks it
     guest.run(f"mkdir -p {inside.PLACE}/zstandard", check=True)
     for path in (*folder.glob("*.py"), *folder.glob("*.so")):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bank
+import inside
 import pytest
 from resident import Resident
 
@@ -112,7 +113,7 @@ def built(target: Target, folder: Path) -> dict[str, Path]:
         (folder / f"{name}.c").write_text(wish.source())
         found[name] = folder / f"{name}.ko"
     (folder / "Makefile").write_text("obj-m := " + " ".join(f"{name}.o" for name in wishes) + "\n")
-    make = ["make", "-s", "-C", target.source, f"M={folder}", f"CC={target.compiler}", "modules"]
+    make = ("make", "-s", "-C", target.source, f"M={folder}", f"CC={target.compiler}", "modules")
     run(make, timeout=300)
     return found
 
@@ -144,7 +145,7 @@ def test_a_machine_without_a_cache_has_the_facts_of_its_target(
     questions = asked(view, modules)
     with Guest.of(target, config.lab) as guest:
         kmend = Resident(guest)
-        guest.put(f"/boot/vmlinuz-{target.release}", target.vmlinuz.read_bytes())
+        inside.boot_image(guest, target)
         guest.put("/root/asked.json", json.dumps(questions).encode())
         for name, path in modules.items():
             guest.put(f"/root/{name}.ko", path.read_bytes())

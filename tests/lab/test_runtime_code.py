@@ -52,7 +52,7 @@ def test_changed_code_is_refused_and_a_probe_that_is_shown_is_not(
     with Guest.of(target_55, config.lab) as guest:
         inside.settle(guest)
         guest.put("/root/one.ko", modules["one"].read_bytes())
-        guest.put(f"/boot/vmlinuz-{target_55.release}", target_55.vmlinuz.read_bytes())
+        inside.boot_image(guest, target_55)
         guest.run(
             "cd /sys/kernel; mountpoint -q tracing || mount -t tracefs tracefs tracing; cd tracing\n"
             "mountpoint -q ../debug || mount -t debugfs debugfs ../debug\n"

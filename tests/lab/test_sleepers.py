@@ -117,8 +117,8 @@ def test_io_uring_on_the_older_line(target_56: Target, config: Config, tmp_path:
     """On 6.1 the waits are in a patch's own code, and it is taken back."""
     (tmp_path / "timeout_patch.c").write_text((sleeping.PROGRAMS / "timeout-patch.c").read_text())
     (tmp_path / "Makefile").write_text("obj-m := timeout_patch.o\n")
-    words = ["make", "-s", "-C", target_56.source, f"M={tmp_path}", f"CC={target_56.compiler}", "modules"]
-    run(words, timeout=300)
+    make = ("make", "-s", "-C", target_56.source, f"M={tmp_path}", f"CC={target_56.compiler}", "modules")
+    run(make, timeout=300)
     with Guest.of(LabKernel.of(target_56), config.lab) as guest:
         sleeping.settle(guest, sleeping.compiled("sleepers", tmp_path))
         guest.put("/root/timeout_patch.ko", (tmp_path / "timeout_patch.ko").read_bytes())

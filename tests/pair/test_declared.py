@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from conftest import Pair
+from pairs import Pair
+
 from kmend.diff.declared import CallbackKind
 from kmend.diff.unit import UnitObject
 

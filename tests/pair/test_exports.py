@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from pairs import Pair
 
-from conftest import Pair
 from kmend.diff.exports import Export, exports_of
 
 #: include/linux/export-internal.h and include/asm-generic/export.h of 6.1, without the checksums.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from pairs import Pair, compiled
 
-from conftest import Pair, compiled
 from kmend.core.errors import Failed
 from kmend.core.target import VMLINUX
 from kmend.diff.unit import UnitObject
@@ -131,8 +131,8 @@ def test_what_another_object_of_the_patch_brings_is_shared(pair: Pair, tmp_path:
     assert place.in_reach("m") == ("m", VMLINUX, "provider")
     assert place.in_reach(VMLINUX) == (VMLINUX,)
 
-    def found(modules: World, **more: dict[str, str]) -> Proof:
-        return Prover(modules, "m", diff.old, diff.old_special).prove(selection, **more)
+    def found(modules: World, elsewhere: dict[str, str] | None = None) -> Proof:
+        return Prover(modules, "m", diff.old, diff.old_special).prove(selection, elsewhere=elsewhere)
 
     assert found(place, elsewhere={"fresh": VMLINUX}).externs["fresh"] == Shared(VMLINUX, "fresh")
     assert ("symbol-missing", "fresh") in refused(found(place))

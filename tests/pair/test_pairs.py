@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pairs import Pair, compiled
 
-from conftest import Pair, compiled
 from kmend.core.errors import UsageError
 from kmend.diff.compare import compare
 from kmend.diff.select import Linker, LinkKind, Selection

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import compiled
 
-from conftest import compiled
 from kmend.diff.compare import ObjectDiff, compare
 from kmend.diff.select import Selection, select
 from kmend.diff.unit import UnitObject

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pairs import FLAGS, compiled
 
-from conftest import FLAGS, compiled
 from kmend.core.errors import Refusal, UsageError
 from kmend.diff.compare import compare
 from kmend.diff.select import select

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pairs import Pair
 
-from conftest import Pair
 from kmend.diff import select as selecting
 from kmend.diff.select import Selection
 from kmend.diff.special import DISPENSABLE, NO_PROBES, SATELLITES, TABLE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import FLAGS, Pair, compiled
+from pairs import FLAGS, Pair, compiled
+
 from kmend.diff.compare import ObjectDiff, compare
 from kmend.diff.select import Linker, LinkKind, Selection, select
 from kmend.diff.unit import RefKind

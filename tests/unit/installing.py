@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def enabled(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> list[object]
         return Done()
 
     monkeypatch.setattr(installer, "run", run)
-    monkeypatch.setattr(installer.shutil, "which", lambda _name: "/bin/systemctl")
+    monkeypatch.setattr(shutil, "which", lambda _name: "/bin/systemctl")
     looking(monkeypatch, candidate)
     return called
 

@@ -214,7 +214,7 @@ def test_the_kernels_clock_drifts(first: float, last: float, expected: float) ->
 @pytest.fixture
 def kmsg_pipe(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A FIFO in the place of /dev/kmsg: the descriptor to write to it. It has no end to go to."""
-    monkeypatch.setattr(klog.os, "lseek", lambda *_: 0)
+    monkeypatch.setattr(os, "lseek", lambda *_: 0)
     (place.dev / "kmsg").unlink()
     os.mkfifo(place.dev / "kmsg")
     fd = os.open(place.dev / "kmsg", os.O_RDWR)
@@ -256,7 +256,7 @@ def test_a_bell_whose_log_was_overwritten_rings(place: Place, monkeypatch: pytes
         raise OSError(errno.EPIPE, "overwritten")
 
     with klog.Bell(place) as bell:
-        monkeypatch.setattr(klog.os, "read", read)
+        monkeypatch.setattr(os, "read", read)
         assert bell.wait(5)
 
 

@@ -18,6 +18,7 @@ from kmend.cli import install as cli_install
 from kmend.cli import main
 from kmend.cli.install import boot_document, boot_text
 from kmend.core.errors import Failed, Refusal, Refused, Unable, UsageError
+from kmend.core.files import write_atomically
 from kmend.core.live import ActionReport, Check, Result
 from kmend.installer import UNIT, Installer
 from kmend.runtime import act, journal, persistence
@@ -408,7 +409,7 @@ def installed(machine: Installer) -> dict[str, list[str]]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, release: str, ending: str) -> None:
     """The disk is full when such a file of that release is written."""
-    real = persistence.write_atomically
+    real = write_atomically
 
     def write(path: Path, data: bytes) -> None:
         if path.parent.name == release and path.name.endswith(ending):

@@ -23,7 +23,7 @@ from kmend.module.describe import Description, FuncRow, ObjectFuncs
 from kmend.module.layout import Layout
 from kmend.runtime.place import Place
 from kmend.runtime.symbols import SymbolTable
-from kmend.verify.rules import Checked
+from kmend.verify.rules import Checked, TargetFacts
 
 #: Where the tables of the image below are linked.
 BASE = 0xFFFFFFFF81000000
@@ -178,7 +178,7 @@ def place(tmp_path: Path) -> Place:
 def test_what_is_not_known_is_named_and_refuses_nothing(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rules(_elf: ElfFile, target: facts.TargetFacts, _name: str) -> Checked:
+    def rules(_elf: ElfFile, target: TargetFacts, _name: str) -> Checked:
         assert target.exports.get("anything") is None
         assert target.traceable("vmlinux", 0x1000) and target.traceable("ext4", 3)
         assert target.module("ext4") is None
@@ -210,7 +210,7 @@ def test_what_is_not_known_is_named_and_refuses_nothing(
 def test_without_symbols_only_what_needs_none_is_held(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Refusal("klp-symbol", "of_module", "ext4 has no symbol of this name", "")
 
-    def rules(_elf: ElfFile, target: facts.TargetFacts, _name: str) -> Checked:
+    def rules(_elf: ElfFile, target: TargetFacts, _name: str) -> Checked:
         assert target.symbols.named("used") == ()
         return Checked(description(), (NO_SYMBOL, other), {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import ctypes
 import gzip
 import lzma
 import struct
@@ -45,7 +46,7 @@ ELF = vmlinux(note(b"Xen\0", 6, b"abcdef") + note(b"GNU\0", 3, BUILD_ID))
 
 
 def legacy_lz4(data: bytes) -> bytes:
-    block = lz4.block.compress(data, store_size=False)
+    block: bytes = lz4.block.compress(data, store_size=False)
     return b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block
 
 
@@ -94,7 +95,7 @@ def test_a_decompressor_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch
     def no_library(name: str) -> NoReturn:
         raise OSError(name)
 
-    monkeypatch.setattr(zstd.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
     zstd._library.cache_clear()
     for package in ("zstandard", "lz4.block"):
         monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail

@@ -122,8 +122,8 @@ def test_indexes_of_an_older_form_are_made_anew(config: Config, monkeypatch: pyt
     made: list[str] = []
     monkeypatch.setattr(store, "index_image", lambda target, progress: made.append("image"))
     monkeypatch.setattr(store, "index_source", lambda target, progress: made.append("source"))
-    monkeypatch.setattr(store, "INDEXES", store.INDEXES + 1)
-    monkeypatch.setattr(prepared.read, "__kwdefaults__", {"indexes": store.INDEXES})
+    monkeypatch.setattr(store, "INDEXES", prepared.INDEXES + 1)
+    monkeypatch.setattr(prepared.read, "__kwdefaults__", {"indexes": prepared.INDEXES + 1})
     assert store.list_targets(config) == ()
     assert store.fetch(config, RELEASE, Silent()) == target
     assert made == ["image", "source"]

@@ -65,7 +65,8 @@ from kmend.klp.structs import (
 FUNCTIONS = ("f", "g", "h")
 MODULES = {"m": ("mf", "mg")}
 TASKS = ("a", "b", "kthread")
-EVERYTHING = {None: FUNCTIONS, **MODULES}
+EVERYTHING: dict[str | None, tuple[str, ...]] = {None: FUNCTIONS}
+EVERYTHING.update(MODULES)
 
 
 @st.composite
@@ -297,7 +298,7 @@ def ignore_transition(_k: Kernel, ops: Ops, _current: Task) -> Function | None:
 
 
 class Seeded(Livepatching):
-    handler = staticmethod(ignore_transition)
+    handler: ClassVar[Handler | None] = ignore_transition
 
 
 LOOK = settings(STEADY, max_examples=150, stateful_step_count=40)

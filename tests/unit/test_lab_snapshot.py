@@ -81,9 +81,14 @@ def test_it_is_verified_again_after_a_boot_of_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = made(tmp_path)
-    checked = []
+    checked: list[tuple[int, ...]] = []
     real = snapshot._digest
-    monkeypatch.setattr(snapshot, "_digest", lambda *fds: checked.append(1) or real(*fds))
+
+    def digest(*fds: int) -> str:
+        checked.append(fds)
+        return real(*fds)
+
+    monkeypatch.setattr(snapshot, "_digest", digest)
     assert contents(store) is not None
     before = len(checked)
     assert contents(store) is not None

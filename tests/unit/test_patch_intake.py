@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import unidiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unidiff.patch import PatchSet
 
 from kmend.core.errors import Refused, UsageError
 from kmend.patch.intake import SeriesEntry, git_names, parse, read_series
@@ -308,7 +308,7 @@ def test_well_formed_patches_read_as_unidiff_reads_them(
     if not text:
         return
     (mine,) = parse([("p", text)]).files
-    (theirs,) = unidiff.PatchSet(text.decode())
+    (theirs,) = PatchSet(text.decode())
     assert len(mine.hunks) == len(theirs)
     for hunk, other in zip(mine.hunks, theirs, strict=True):
         assert (hunk.old_start, hunk.old_count) == (other.source_start, other.source_length)

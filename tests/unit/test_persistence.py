@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from kmend.core.errors import Failed, Refused, UsageError
+from kmend.core.files import write_atomically
 from kmend.core.target import Release
 from kmend.runtime import persistence
 from kmend.runtime.persistence import Guard, Installed, Store
@@ -177,7 +178,7 @@ def test_what_is_put_beside_is_not_in_the_store_before_its_index_is(empty: Store
 def test_what_could_not_be_put_leaves_nothing(empty: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store = persistence.add(empty, [module("a")])
     before = files(store)
-    real = persistence.write_atomically
+    real = write_atomically
 
     def full(path: Path, data: bytes) -> None:
         if path.name.startswith("c."):
@@ -350,7 +351,8 @@ def test_a_power_cut_at_any_call_leaves_the_old_store_or_the_new_one(
         (["a", "c"], lambda store: persistence.drop(store, ["b"])),
         ([], lambda store: persistence.drop(store, ["a", "c"])),
     ]
-    store, before, steps = empty, [], []
+    store, steps = empty, []
+    before: list[str] = []
     for after, change in changes:
         disk.cuts.clear()
         store = change(store)

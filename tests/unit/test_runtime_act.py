@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import syslog
 import threading
 import time
 from dataclasses import replace
@@ -24,7 +25,7 @@ from kmend.core.live import ActionReport, End, KernelState, LivePatch, Phase, Re
 from kmend.core.progress import Silent
 from kmend.core.taint import decode
 from kmend.report.action import succeeded, to_document, to_text
-from kmend.runtime import act, answers, btf, journal, kcore, preflight, wake
+from kmend.runtime import act, answers, btf, journal, kcore, preflight, syscalls, wake
 from kmend.runtime.follow import Follower, Patience
 from kmend.runtime.observe import Seen
 from kmend.runtime.place import Place
@@ -240,7 +241,7 @@ def test_what_does_not_stop_is_let_go_at_the_deadline() -> None:
         3: wake.Said.REFUSED + errno.EPERM,
         4: wake.Said.INTERRUPTED,
     }
-    assert (wake.syscalls.PTRACE_DETACH, 1, signal.SIGTERM) in calls
+    assert (syscalls.PTRACE_DETACH, 1, signal.SIGTERM) in calls
 
 
 # -- following -------------------------------------------------------------------------------------
@@ -266,6 +267,7 @@ class Kernel:
                 continue
             for name, value in change.items():
                 write(self.folder / name if "/" not in name else self.place.proc / name, value)
+        return False
 
 
 @pytest.fixture
@@ -588,11 +590,11 @@ def test_a_patch_whose_unpatching_has_just_ended_cannot_be_turned_round(
 def test_a_name_that_is_no_text_stops_no_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
 
-    def syslog(_level: int, line: str) -> None:
+    def spoken(_level: int, line: str) -> None:
         told.append(line)
         line.encode()  # as the C library's string
 
-    monkeypatch.setattr(journal.syslog, "syslog", syslog)
+    monkeypatch.setattr(syslog, "syslog", spoken)
     book = journal.Journal(tmp_path, "b")
     by = journal.Who("root", "", 1, "kmend load /root/\udcff.ko")
     book.begin("load", "fix", by, "from /root/\udcff\0.ko", {}).end("done", "")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kmend.runtime import restart, wake
+from kmend.runtime import restart, syscalls, wake
 from kmend.runtime.place import Place
 from kmend.runtime.restart import Call, unseen
 
@@ -106,10 +106,13 @@ def test_memory_is_not_asked_while_a_thread_is_held(monkeypatch: pytest.MonkeyPa
     registers |= {80: -errno.EINTR & 0xFFFFFFFFFFFFFFFF, 120: 426, 136: 0x33}
     written: list[int] = []
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
-    monkeypatch.setattr(restart.syscalls, "peek_user", lambda _tid, offset: registers[offset])
-    monkeypatch.setattr(
-        restart.syscalls, "poke_user", lambda _tid, _offset, value: written.append(value) or 0
-    )
+    monkeypatch.setattr(syscalls, "peek_user", lambda _tid, offset: registers[offset])
+
+    def poke_user(_tid: int, _offset: int, value: int) -> int:
+        written.append(value)
+        return 0
+
+    monkeypatch.setattr(syscalls, "poke_user", poke_user)
     assert not restart.begin_anew(5)
     assert not restart.begin_anew(5, Call(426, (4, *call.arguments[1:])))  # it was in another one
     assert written == []

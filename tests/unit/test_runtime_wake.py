@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kmend.runtime import wake
+from kmend.runtime import syscalls, wake
 from kmend.runtime.wake import Woken
 
 
@@ -148,7 +148,7 @@ def test_a_signal_outlives_the_helper_that_holds_its_task() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         holder = os.fork()
         if holder == 0:
-            wake.syscalls.ptrace(wake.syscalls.PTRACE_SEIZE, child.pid)
+            syscalls.ptrace(syscalls.PTRACE_SEIZE, child.pid)
             os.kill(child.pid, signal.SIGTERM)
             while wake._stopped(child.pid) is None:
                 time.sleep(0.001)
