@@ -5,8 +5,9 @@
 The sleepers and the patch of bench_sleepers.py, loaded with ftrace's function tracer on three functions of
 kernel/livepatch/transition.c. The kernel retries when a second is over, rounded to full seconds of its own
 (``round_jiffies_relative(HZ)``): 0.75 to 1.75 s after the first attempt. Since 6.4 it then changes each
-call of ``cond_resched()`` back (``sched_dynamic_klp_disable()``) before patching counts as complete: some
-thousand places in the kernel's code, 0.4 s in an emulated machine, and more when kmend runs beside it.
+call of ``cond_resched()`` back, and each of ``preempt_schedule()`` to and fro (``__sched_dynamic_update()``,
+kernel/sched/core.c), before patching counts as complete: some thousand places in the kernel's code, 0.5 to
+0.9 s in an emulated machine that does nothing else.
 The log's clock is not the tracer's: no time is taken between the two.
 """
 
