@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import assert_never
 
 from kmend.core.live import Blocker, Cause, LivePatch, Phase, Task, Transition
@@ -215,11 +216,21 @@ def _cause(task: Task, in_function: bool) -> Cause:
 
 def waits_for(task: Task) -> str:
     """What a sleeping task waits for, as far as its stack tells; '' when it does not."""
-    for words, meaning in _WAITS:
-        for frame in task.stack or ():
-            if frame.function.startswith(words):
-                return f"{meaning} ({frame.function})"
+    found = min(
+        ((rank, frame.function) for frame in task.stack or () if (rank := _rank(frame.function)) is not None),
+        key=lambda row: row[0],
+        default=None,
+    )
+    if found is not None:
+        rank, function = found
+        return f"{_WAITS[rank][1]} ({function})"
     return f"{task.wchan}()" if task.wchan else ""
+
+
+@lru_cache(4096)
+def _rank(function: str) -> int | None:
+    """The first row of :data:`_WAITS` that the function is of; stacks hold the same few over and over."""
+    return next((rank for rank, (words, _) in enumerate(_WAITS) if function.startswith(words)), None)
 
 
 def _words(task: Task, cause: Cause, function: str, unpatching: bool, unseen: bool) -> tuple[str, str]:

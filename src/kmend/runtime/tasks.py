@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kmend.core.errors import Unable
 from kmend.core.live import Frame, Task, printable
@@ -146,12 +147,14 @@ def read_stack(place: Place, pid: int, tid: int) -> tuple[Frame, ...] | None:
 
 def parse_stack(lines: str) -> tuple[Frame, ...]:
     """The lines of ``/proc/PID/stack``; those of another form are left out."""
-    found = []
-    for line in lines.splitlines():
-        match = _FRAME.match(line)
-        if match:
-            found.append(Frame(match[1], int(match[2], 16), match[3] or ""))
-    return tuple(found)
+    return tuple(frame for line in lines.splitlines() if (frame := _frame(line)) is not None)
+
+
+@lru_cache(4096)
+def _frame(line: str) -> Frame | None:
+    """A line; those who wait for the same thing have the same ones."""
+    match = _FRAME.match(line)
+    return Frame(match[1], int(match[2], 16), match[3] or "") if match else None
 
 
 def _fields(status: str) -> dict[str, str]:
