@@ -36,7 +36,7 @@ _TICK = 0.02
 #: The same while the kernel is silent, where its log can be listened to: it tells there of every end, and
 #: while it works on one (it changes thousands of places in its code) it needs the processor more. What it
 #: says comes true a moment later: the looks are close together for :data:`_ALERT` seconds.
-_REST = 0.2
+_REST = 1.0
 _ALERT = 1.0
 #: Seconds between two looks at all tasks, at least; never more than a fifth of the time is spent looking.
 _SWEEP = 0.2
