@@ -22,11 +22,9 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 
 import test_boot as lab  # noqa: E402 - the path above makes it importable
 
-from kmend.core import config  # noqa: E402 - as above
-from kmend.core.progress import Silent  # noqa: E402 - as above
 from kmend.core.target import Release  # noqa: E402 - as above
-from kmend.kernel.store import fetch  # noqa: E402 - as above
 from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
+from measure import settings, target_of  # noqa: E402 - as above
 
 
 def main() -> int:
@@ -35,12 +33,12 @@ def main() -> int:
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     release = Release(sys.argv[3] if len(sys.argv) > 3 else "6.1.0-55-amd64")
     chance = random.Random(seed)
-    settings = config.load()
-    target = fetch(settings, release, Silent())
+    config = settings()
+    target = target_of(config, release)
     with tempfile.TemporaryDirectory(prefix="kmend-power-cuts-") as scratch:
         folder = Path(scratch)
         modules = lab.build(target, folder)
-        server = lab.Server(LabKernel.of(target), settings, modules, folder / "disk")
+        server = lab.Server(LabKernel.of(target), config, modules, folder / "disk")
         began = time.monotonic()
         cuts = lab.Cuts(server, chance)
         print(

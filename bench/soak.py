@@ -34,17 +34,14 @@ sys.path.insert(0, str(ROOT / "tests/lab"))
 
 from resident import Resident  # noqa: E402 - the path above makes it importable
 
-from kmend.core import config  # noqa: E402 - as above
 from kmend.core.config import Config  # noqa: E402 - as above
-from kmend.core.progress import Silent  # noqa: E402 - as above
 from kmend.core.run import run  # noqa: E402 - as above
 from kmend.core.target import Release, Target  # noqa: E402 - as above
-from kmend.kernel.store import fetch  # noqa: E402 - as above
 from kmend.lab.guest import Guest  # noqa: E402 - as above
 from kmend.lab.host import Settings  # noqa: E402 - as above
 from kmend.lab.kernel import LabKernel  # noqa: E402 - as above
 from kmend.lab.outcome import KernelOops, LostGuest  # noqa: E402 - as above
-from measure import kmend  # noqa: E402 - the path above belongs to it
+from measure import kmend, settings, target_of  # noqa: E402 - the path above belongs to it
 
 #: Name, source file, a line of it, and what is put behind it: code that changes nothing for any real caller.
 CHANGES = (
@@ -291,8 +288,8 @@ def main() -> int:
     cycles = int(sys.argv[1]) if len(sys.argv) > 1 else 500
     limit = float(sys.argv[2]) * 60 if len(sys.argv) > 2 else math.inf
     release = Release(sys.argv[3] if len(sys.argv) > 3 else "6.1.0-56-amd64")
-    settings = config.load()
-    target = fetch(settings, release, Silent())
+    config = settings()
+    target = target_of(config, release)
     began, asked = monotonic(), list[int]()
 
     def over() -> bool:
@@ -301,12 +298,12 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda which, _frame: asked.append(which))
     with tempfile.TemporaryDirectory(prefix="kmend-soak-") as scratch:
-        return soaked(target, settings, Path(scratch), cycles, over=over)
+        return soaked(target, config, Path(scratch), cycles, over=over)
 
 
 def soaked(
     target: Target,
-    settings: Config,
+    config: Config,
     folder: Path,
     cycles: int,
     *,
@@ -317,12 +314,12 @@ def soaked(
 
     With fewer ``warm`` cycles than ``WARM`` memory is shown and decides nothing: caches still grow.
     """
-    modules = built(target, settings.cache, folder)
+    modules = built(target, config.cache, folder)
     disk = folder / "disk"
     disk.write_bytes(b"")
     os.truncate(disk, 128 << 20)
     run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", disk])
-    with Guest.of(LabKernel.of(target), settings.lab, Settings(disk=disk)) as guest:
+    with Guest.of(LabKernel.of(target), config.lab, Settings(disk=disk)) as guest:
         try:
             return soak(guest, modules, cycles, target.release, warm, over)
         except (KernelOops, LostGuest) as error:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from installing import another, answer, bare, candidate, enabled, lines, looking, stored
+from installing import another, answer, candidate, lines, looking, stored
 from test_persistence import RELEASE, module
 
 from kmend import candidate as candidates
@@ -26,16 +26,6 @@ from kmend.runtime.journal import Journal, who
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.persistence import Store
 from kmend.runtime.place import Place
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
-    return bare(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def enabling(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    return enabled(machine, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -409,12 +399,11 @@ def installed(machine: Installer) -> dict[str, list[str]]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, release: str, ending: str) -> None:
     """The disk is full when such a file of that release is written."""
-    real = write_atomically
 
     def write(path: Path, data: bytes) -> None:
         if path.parent.name == release and path.name.endswith(ending):
             raise Failed(f"{path} cannot be written", why="No space left on device", rule="unwritable")
-        real(path, data)
+        write_atomically(path, data)
 
     monkeypatch.setattr(persistence, "write_atomically", write)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from installing import another, bare, candidate, lines, looking, stored
+from installing import another, candidate, lines, looking, stored
 from test_persistence import RELEASE, module
 
 from kmend import boot as booting
@@ -21,12 +21,6 @@ from kmend.manager import Manager
 from kmend.runtime import act, persistence
 from kmend.runtime.journal import Journal, who
 from kmend.runtime.persistence import Store
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
-    return bare(tmp_path, monkeypatch)
-
 
 # -- waiting for who acts --------------------------------------------------------------------------
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from installing import another, bare, candidate, enabled, lines, looking, stored
+from installing import another, candidate, lines, looking, stored
 from test_persistence import RELEASE
 
 from kmend import storing
@@ -20,17 +19,6 @@ from kmend.runtime import act, journal, persistence
 from kmend.runtime.journal import Action, Journal, who
 from kmend.runtime.kernel_state import read_kernel
 from kmend.runtime.observe import Seen
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
-    return bare(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def enabling(machine: Installer, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    return enabled(machine, monkeypatch)
-
 
 # -- before and after --------------------------------------------------------------------------------
 

@@ -178,12 +178,11 @@ def test_what_is_put_beside_is_not_in_the_store_before_its_index_is(empty: Store
 def test_what_could_not_be_put_leaves_nothing(empty: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store = persistence.add(empty, [module("a")])
     before = files(store)
-    real = write_atomically
 
     def full(path: Path, data: bytes) -> None:
         if path.name.startswith("c."):
             raise Failed("it cannot be written", why="No space left on device", rule="unwritable")
-        real(path, data)
+        write_atomically(path, data)
 
     monkeypatch.setattr(persistence, "write_atomically", full)
     with pytest.raises(Failed) as error:

@@ -216,21 +216,17 @@ def _cause(task: Task, in_function: bool) -> Cause:
 
 def waits_for(task: Task) -> str:
     """What a sleeping task waits for, as far as its stack tells; '' when it does not."""
-    found = min(
-        ((rank, frame.function) for frame in task.stack or () if (rank := _rank(frame.function)) is not None),
-        key=lambda row: row[0],
-        default=None,
-    )
-    if found is not None:
-        rank, function = found
-        return f"{_WAITS[rank][1]} ({function})"
+    function = min((frame.function for frame in task.stack or ()), key=_rank, default="")
+    if _rank(function) < len(_WAITS):
+        return f"{_WAITS[_rank(function)][1]} ({function})"
     return f"{task.wchan}()" if task.wchan else ""
 
 
 @lru_cache(4096)
-def _rank(function: str) -> int | None:
-    """The first row of :data:`_WAITS` that the function is of; stacks hold the same few over and over."""
-    return next((rank for rank, (words, _) in enumerate(_WAITS) if function.startswith(words)), None)
+def _rank(function: str) -> int:
+    """The first row of :data:`_WAITS` that the function is of, or their number: stacks hold the same few
+    functions over and over."""
+    return next((at for at, (words, _) in enumerate(_WAITS) if function.startswith(words)), len(_WAITS))
 
 
 def _words(task: Task, cause: Cause, function: str, unpatching: bool, unseen: bool) -> tuple[str, str]:

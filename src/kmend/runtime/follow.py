@@ -123,7 +123,7 @@ class Follower:
             now = self.clock()
             if end is not None:
                 return self._followed(end, now)
-            self._ready()  # before the first look, while tasks get their time to leave by themselves
+            self._prepare()  # before the first look, while tasks get their time to leave by themselves
             if now >= next_count:
                 over = now >= deadline
                 seen = self._count()
@@ -184,17 +184,16 @@ class Follower:
             case Phase.DISABLED | Phase.COMING | Phase.LEFT:
                 return End.COMPLETE if self.goal is Phase.UNPATCHING else End.GONE
 
-    def _ready(self) -> bool:
-        """Whether tasks can be asked: read, once, what the patch changes."""
+    def _prepare(self) -> None:
+        """Read, once, what the patch changes, on kernels that show which tasks are left."""
         if self._explainer is None and tasks.supported(self.place):
             patches = read_patches(self.place)
             patch = next((row for row in patches if row.name == self.name), None)
             self._explainer = Explainer.of(self.place, patch, patches) if patch is not None else None
-        return self._explainer is not None
 
     def _count(self) -> Sweep | None:
         """Count the tasks that are left; None: this kernel does not show which, or the patch has gone."""
-        if not self._ready():
+        if self._explainer is None:
             return None
         seen = tasks.sweep(self.place, self._target())
         at, left = round(self._seconds(), 3), len(seen.pending)
